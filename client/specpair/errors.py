@@ -1,0 +1,157 @@
+"""Everything that specpair raises, and the gRPC status of each.
+
+    SpecpairError
+    ├── InvalidRequestError      the request names a value that cannot be used (`field` says which)
+    │   └── UnsupportedError     a value of the protocol that this server does not carry out
+    ├── DraftMismatchError       draft and target do not speak the same vocabulary
+    ├── ModelLoadError           a model cannot be loaded as configured
+    ├── OverloadedError          no KV slot became free in time
+    ├── UnavailableError         the service cannot be reached, is loading, or stops
+    ├── DeadlineError            the caller's time ran out
+    ├── CancelledError           the other side cancelled the call
+    ├── UnauthenticatedError     no or a wrong token or certificate
+    ├── ProtocolError            a peer broke the protocol
+    └── InternalError            the service failed; details are in its log
+
+The server's interceptor turns an exception into a google.rpc.Status with `to_status`; the client turns the failed call
+back into the same exception with `from_rpc_error`. Both read one table.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+__all__ = [
+    "CancelledError",
+    "DeadlineError",
+    "DraftMismatchError",
+    "InternalError",
+    "InvalidRequestError",
+    "ModelLoadError",
+    "OverloadedError",
+    "ProtocolError",
+    "SpecpairError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnsupportedError",
+    "from_rpc_error",
+    "status_of",
+    "to_status",
+]
+
+
+class SpecpairError(Exception):
+    """Base of all errors of this package.
+
+    `field` is the path of the offending field from the request message or the configuration, "" when there is none.
+    `reason` is a stable word in capitals for programs, "" when the class says it all.
+    """
+
+    def __init__(self, message: str, *, field: str = "", reason: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.message = message
+        self.field = field
+        self.reason = reason
+
+
+class InvalidRequestError(SpecpairError):
+    """A request names a value that cannot be used."""
+
+
+class UnsupportedError(InvalidRequestError):
+    """A request asks for something that the protocol knows and this server does not carry out."""
+
+
+class DraftMismatchError(SpecpairError):
+    """Draft and target do not speak the same vocabulary."""
+
+
+class ModelLoadError(SpecpairError):
+    """A model cannot be loaded as configured."""
+
+
+class OverloadedError(SpecpairError):
+    """No KV slot became free in time."""
+
+
+class UnavailableError(SpecpairError):
+    """The service cannot be reached, is loading, or stops."""
+
+
+class DeadlineError(SpecpairError):
+    """The caller's time ran out."""
+
+
+class CancelledError(SpecpairError):
+    """The other side cancelled the call."""
+
+
+class UnauthenticatedError(SpecpairError):
+    """No credentials, or wrong ones."""
+
+
+class ProtocolError(SpecpairError):
+    """A peer broke the protocol."""
+
+
+class InternalError(SpecpairError):
+    """The service failed."""
+
+
+_STATUS: dict[type[SpecpairError], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
+    DraftMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    ModelLoadError: grpc.StatusCode.NOT_FOUND,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CancelledError: grpc.StatusCode.CANCELLED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    ProtocolError: grpc.StatusCode.ABORTED,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+_DOMAIN = "specpair"
+_ERROR: dict[grpc.StatusCode, type[SpecpairError]] = {status: error for error, status in _STATUS.items()}
+
+
+def status_of(error: SpecpairError) -> grpc.StatusCode:
+    """The gRPC status that stands for an exception."""
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def to_status(error: SpecpairError) -> status_pb2.Status:
+    """The google.rpc.Status of an exception: BadRequest names its field, ErrorInfo its reason."""
+    status = status_pb2.Status(code=status_of(error).value[0], message=str(error))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason:
+        _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
+    return status
+
+
+def from_rpc_error(failed: grpc.RpcError) -> SpecpairError:
+    """The exception that a failed call stands for; InternalError for a status outside the table."""
+    # An RpcError that a call raised is the call itself, sync and aio alike; grpc's types do not say so.
+    code: grpc.StatusCode = failed.code()
+    message: str = failed.details() or code.name
+    field = reason = ""
+    status = rpc_status.from_call(failed)
+    for detail in status.details if status is not None else ():
+        bad_request, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+        if detail.Unpack(bad_request) and bad_request.field_violations:
+            field = bad_request.field_violations[0].field
+            message = bad_request.field_violations[0].description
+        elif detail.Unpack(info):
+            reason = info.reason
+    return _ERROR.get(code, InternalError)(message, field=field, reason=reason)
+
+
+def _pack(status: status_pb2.Status, detail: error_details_pb2.BadRequest | error_details_pb2.ErrorInfo) -> None:
+    packed = Any()
+    packed.Pack(detail)
+    status.details.append(packed)

@@ -1,0 +1,1 @@
+"""Generated from protos/specpair/v1; never edited."""
