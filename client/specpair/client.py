@@ -1,0 +1,213 @@
+"""The client: text in, text out, with a draft and a target service behind it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Literal, Self, TypedDict
+
+from specpair.compatibility import Pairing
+from specpair.errors import DeadlineError, InvalidRequestError, SpecpairError, UnavailableError
+from specpair.grpc_transports import GrpcDraft, GrpcTarget
+from specpair.messages import DraftStart, ModelInfo, Start, Started
+from specpair.meter import Meter
+from specpair.params import Prompt, SamplingParams
+from specpair.proposers import Fallback, ModelDraft, NgramDraft, Proposer
+from specpair.results import Chunk, Result
+from specpair.session import Plan, Session
+from specpair.stream import TokenStream
+from specpair.transports import DraftTransport, TargetTransport
+
+__all__ = ["DEFAULT_DRAFT", "DEFAULT_TARGET", "ClientOptions", "SpeculativeClient"]
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_DRAFT = "127.0.0.1:50052"
+
+_log = logging.getLogger("specpair")
+
+
+class ClientOptions(TypedDict, total=False):
+    """Everything a client can be told besides its addresses."""
+
+    draft_length: int | None
+    """Ids to ask the proposer for in each round. None, the default: as many as measured to be fastest."""
+    draft_timeout: float
+    """Seconds that a draft service may take for one round, five times that for the first. Default 2."""
+    connect_timeout: float
+    """Seconds for the services to say what they run, when the client first uses them. Default 5."""
+    target_transport: TargetTransport | None
+    """Used in place of gRPC to the target's address."""
+    draft_transport: DraftTransport | None
+    """Used in place of gRPC to the draft's address."""
+
+
+class SpeculativeClient:
+    """Generates text with a pair of services. Any number of generations may run at once.
+
+    `draft` says who proposes, which decides the speed and never the output:
+
+        "HOST:PORT"         a draft service; DraftMismatchError if its vocabulary is another than the target's
+        "auto:HOST:PORT"    the same, but prompt lookup in place of a draft with another vocabulary; "auto" alone
+                            means the default address
+        "ngram"             prompt lookup in this process
+        "none"              nobody: the target decodes token by token in a loop of its own
+
+    A draft service that is lost, late or talks nonsense is replaced by prompt lookup for the rest of the generation;
+    `Stats.proposer_changes` says when and why. A client belongs to the event loop that first uses it.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        draft: str = DEFAULT_DRAFT,
+        *,
+        draft_length: int | None = None,
+        draft_timeout: float = 2.0,
+        connect_timeout: float = 5.0,
+        target_transport: TargetTransport | None = None,
+        draft_transport: DraftTransport | None = None,
+    ) -> None:
+        if draft_length is not None and draft_length < 0:
+            raise InvalidRequestError("must not be negative", field="draft_length")
+        if draft_timeout <= 0:
+            raise InvalidRequestError("must be above 0", field="draft_timeout")
+        self._kind, address = _parse(draft)
+        self._draft_length = draft_length
+        self._draft_timeout = draft_timeout
+        self._connect_timeout = connect_timeout
+        self._target = target_transport or GrpcTarget(target)
+        self._draft: DraftTransport | None = None
+        if self._kind in ("model", "auto"):
+            self._draft = draft_transport or GrpcDraft(address)
+            self._pairing = Pairing(self._target, self._draft, within=connect_timeout)
+        self._refusal = ""
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the services are told too
+    ) -> Result:
+        """Continues a prompt. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds."""
+        async with self.stream(prompt, params, timeout=timeout) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> TokenStream:
+        """Continues a prompt, chunk by chunk, with the provenance of every token."""
+        params = params or SamplingParams()
+        meter = Meter()
+        session = Session(self._target, Start(prompt, params), meter=meter, within=timeout)
+        return TokenStream(session, self._chunks(session, params, meter, timeout), timeout)
+
+    async def info(self) -> tuple[ModelInfo, ModelInfo | None]:
+        """What the target and the draft run; None without a draft service, or if it cannot be reached."""
+        target = await self._target_info()
+        if self._draft is None:
+            return target, None
+        try:
+            return target, await self._draft.info(self._connect_timeout)
+        except SpecpairError as unreachable:
+            _log.warning("draft unreachable: %s", unreachable)
+            return target, None
+
+    async def healthy(self) -> tuple[bool, bool | None]:
+        """Whether the target and the draft report to be serving; None without a draft service."""
+        return await _healthy(self._target, self._connect_timeout), (
+            await _healthy(self._draft, self._connect_timeout) if self._draft is not None else None
+        )
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, as the target would continue it."""
+        return await self._target.tokenize(prompt)
+
+    async def detokenize(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return await self._target.detokenize(tuple(token_ids), keep_special_tokens)
+
+    async def aclose(self) -> None:
+        """Closes the connections; generations that still run fail."""
+        await self._target.close()
+        if self._draft is not None:
+            await self._draft.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _chunks(
+        self, session: Session, params: SamplingParams, meter: Meter, within: float | None
+    ) -> AsyncGenerator[Chunk]:
+        if self._kind == "none":
+            return session.follow()
+        return session.speculate(partial(self._plan, params, meter, within))
+
+    async def _plan(self, params: SamplingParams, meter: Meter, within: float | None) -> Plan:
+        """Who proposes: the draft service if there is one that can be used, else prompt lookup."""
+        meter.use("ngram")
+        if (draft := self._draft) is None:
+            return Plan(lambda _: NgramDraft(self._draft_length))
+        agreement = await self._pairing.check()
+        if agreement.mismatch is not None and self._kind == "model":
+            raise agreement.mismatch
+        if agreement.refusal:
+            meter.change(1, "ngram", agreement.refusal)
+            self._warn(agreement.refusal)
+            return Plan(lambda _: NgramDraft(self._draft_length))
+        meter.use("model")
+
+        def proposer(started: Started) -> Proposer:
+            start = DraftStart(started.prompt_token_ids, params, session_id=started.session_id)
+            return Fallback(
+                ModelDraft(draft, start, draft_length=self._draft_length, within=within),
+                NgramDraft(self._draft_length),
+                timeout=self._draft_timeout,
+                on_loss=lost,
+            )
+
+        def lost(round: int, reason: str) -> None:
+            self._pairing.forget()  # what comes back at its address may be another draft
+            meter.change(round, "ngram", reason)
+
+        return Plan(proposer, agreement.vocabulary_size)
+
+    async def _target_info(self) -> ModelInfo:
+        try:
+            return await self._target.info(self._connect_timeout)
+        except DeadlineError:
+            raise UnavailableError(f"the target did not answer within {self._connect_timeout:g} s") from None
+
+    def _warn(self, refusal: str) -> None:
+        """Says so once, not with every generation."""
+        if refusal != self._refusal:
+            _log.warning("%s; going on with n-gram", refusal)
+        self._refusal = refusal
+
+
+def _parse(draft: str) -> tuple[Literal["model", "auto", "ngram", "none"], str]:
+    """What kind of draft is meant, and the address of its service if it has one."""
+    if draft == "ngram" or draft == "none":
+        return draft, ""
+    if draft == "auto":
+        return "auto", DEFAULT_DRAFT
+    kind: Literal["model", "auto"] = "auto" if draft.startswith("auto:") else "model"
+    if not (address := draft.removeprefix("auto:")):
+        raise InvalidRequestError("must be HOST:PORT, auto, auto:HOST:PORT, ngram or none", field="draft")
+    return kind, address
+
+
+async def _healthy(service: TargetTransport | DraftTransport, within: float) -> bool:
+    try:
+        return await service.healthy(within)
+    except SpecpairError:
+        return False

@@ -1,0 +1,87 @@
+"""Whether a draft may propose for a target: both must mean the same by every token id."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from specpair.errors import DraftMismatchError, SpecpairError, UnavailableError
+from specpair.messages import Fingerprint, ModelInfo, Phase
+from specpair.transports import DraftTransport, TargetTransport
+
+__all__ = ["Agreement", "Pairing", "compare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What was found out about a pair."""
+
+    vocabulary_size: int | None = None
+    refusal: str = ""
+    """Why the draft cannot be used now; "" if it can."""
+    mismatch: DraftMismatchError | None = None
+    """Set if it can never be used with this target."""
+
+
+class Pairing:
+    """One target and one draft, compared when they are first used together.
+
+    The answer is kept as long as both services were ready to give it; `forget` makes the next session ask again.
+    """
+
+    def __init__(self, target: TargetTransport, draft: DraftTransport, *, within: float) -> None:
+        self._target = target
+        self._draft = draft
+        self._within = within
+        self._kept: Agreement | None = None
+
+    async def check(self) -> Agreement:
+        """Asks both services unless the answer is known. Raises what the target raises; a draft's failure is data."""
+        return self._kept or await self._ask()
+
+    def forget(self) -> None:
+        self._kept = None
+
+    async def _ask(self) -> Agreement:
+        target, draft = await asyncio.gather(
+            self._target.info(self._within), self._draft.info(self._within), return_exceptions=True
+        )
+        if isinstance(target, BaseException):
+            raise target
+        size = target.fingerprint.vocabulary_size if target.fingerprint else None
+        if isinstance(draft, SpecpairError):
+            return Agreement(size, refusal=f"draft unreachable: {draft.message}")
+        if isinstance(draft, BaseException):
+            raise draft
+        if draft.phase is not Phase.READY:
+            return Agreement(size, refusal=f"draft not ready: {draft.phase} {draft.detail}".rstrip())
+        return self._judge(target, draft, size)
+
+    def _judge(self, target: ModelInfo, draft: ModelInfo, size: int | None) -> Agreement:
+        if target.fingerprint is None:
+            raise UnavailableError(f"the target is {target.phase}")
+        mismatch = None
+        try:
+            if draft.fingerprint is not None:
+                compare(target.fingerprint, draft.fingerprint)
+        except DraftMismatchError as found:
+            mismatch = found
+        self._kept = Agreement(size, refusal=f"draft mismatch: {mismatch}" if mismatch else "", mismatch=mismatch)
+        return self._kept
+
+
+def compare(target: Fingerprint, draft: Fingerprint) -> None:
+    """Raises DraftMismatchError, naming the field, unless both use the same ids for the same tokens.
+
+    Hashes are compared where both sides know them. The chat template does not matter: only the target renders chats.
+    """
+    for field in ("vocabulary_size", "vocabulary_sha256", "special_tokens_sha256"):
+        ours, theirs = getattr(target, field), getattr(draft, field)
+        if ours and theirs and ours != theirs:
+            raise _mismatch(field, theirs, ours)
+    if set(target.eos_token_ids) != set(draft.eos_token_ids):
+        raise _mismatch("eos_token_ids", list(draft.eos_token_ids), list(target.eos_token_ids))
+
+
+def _mismatch(field: str, draft: object, target: object) -> DraftMismatchError:
+    return DraftMismatchError(f"the draft has {draft}, the target {target}", field=f"draft.fingerprint.{field}")

@@ -1,0 +1,201 @@
+"""The transports over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc import aio
+
+from specpair import wire
+from specpair.errors import ProtocolError, UnavailableError, from_rpc_error
+from specpair.messages import (
+    Block,
+    Committed,
+    DraftAsk,
+    DraftStart,
+    DraftStarted,
+    ModelInfo,
+    Proposal,
+    Start,
+    Started,
+    Verdict,
+)
+from specpair.params import Prompt
+from specpair.transports import ProposeStream, Receiver, VerifyStream
+from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+__all__ = ["GrpcDraft", "GrpcTarget"]
+
+_MESSAGE_LIMIT = 4 * 1024 * 1024
+_OPTIONS = (
+    # Servers answer pings more frequent than this with GOAWAY unless they are told otherwise.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+)
+# grpc.health.v1.HealthCheckResponse with status SERVING, field 1 = 1.
+_SERVING = b"\x08\x01"
+
+Received = TypeVar("Received")
+Sent = TypeVar("Sent")
+_Call = aio.StreamStreamCall[Any, Any] | aio.UnaryStreamCall[Any, Any]
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Failed calls become exceptions of `specpair.errors`."""
+    try:
+        yield
+    except grpc.RpcError as failed:
+        raise from_rpc_error(failed) from None
+    except aio.UsageError:
+        raise UnavailableError("the client is closed") from None
+
+
+class _GrpcStream(Generic[Sent, Received]):
+    """A call with a stream of responses, and perhaps one of requests."""
+
+    def __init__(self, call: _Call, decode: Callable[[Any], Received], encode: Callable[[Sent], Message]) -> None:
+        self._call = call
+        self._decode = decode
+        self._encode = encode
+
+    async def send(self, message: Sent) -> None:
+        await self._write(self._encode(message))
+
+    async def receive(self) -> Received:
+        with _translated():
+            response = await self._call.read()
+        if response is aio.EOF:
+            raise ProtocolError("the service ended the stream early")
+        if response is None:
+            raise ProtocolError("the service sent bytes that are no message")
+        return self._decode(response)
+
+    async def finish(self) -> None:
+        with _translated():
+            if isinstance(self._call, aio.StreamStreamCall):
+                await self._call.done_writing()
+            while await self._call.read() is not aio.EOF:
+                pass
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _write(self, request: Message) -> None:
+        assert isinstance(self._call, aio.StreamStreamCall)
+        with _translated():
+            try:
+                await self._call.write(request)
+                return
+            except asyncio.InvalidStateError:
+                # The service has ended the call: its status says why.
+                pass
+        await self.receive()
+        raise ProtocolError("the service sent a message that nobody asked for")
+
+    @classmethod
+    async def open(
+        cls, call: _Call, first: Message, decode: Callable[[Any], Received], encode: Callable[[Sent], Message]
+    ) -> _GrpcStream[Sent, Received]:
+        """Sends the first message of a call."""
+        stream = cls(call, decode, encode)
+        try:
+            await stream._write(first)
+        except BaseException:
+            call.cancel()
+            raise
+        return stream
+
+
+def _nothing(message: object) -> NoReturn:
+    raise TypeError("this call sends one request only")
+
+
+class _GrpcService:
+    """A lazily opened channel: it belongs to the event loop that first uses it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._opened: aio.Channel | None = None
+        self._closed = False
+
+    @property
+    def _channel(self) -> aio.Channel:
+        if self._closed:
+            raise UnavailableError("the client is closed")
+        if self._opened is None:
+            self._opened = aio.insecure_channel(self.address, options=_OPTIONS)
+        return self._opened
+
+    async def healthy(self, within: float | None = None) -> bool:
+        # One fixed request and answer do not warrant a dependency on the health package.
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
+        )
+        with _translated():
+            return await check(b"", timeout=within) == _SERVING
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._opened is not None:
+            await self._opened.close()
+
+
+class GrpcTarget(_GrpcService):
+    """A target service at an address such as "127.0.0.1:50051"."""
+
+    @property
+    def _stub(self) -> target_pb2_grpc.TargetServiceAsyncStub:
+        return target_pb2_grpc.TargetServiceStub(self._channel)
+
+    async def info(self, within: float | None = None) -> ModelInfo:
+        with _translated():
+            request = target_pb2.TargetServiceGetModelInfoRequest()
+            return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
+
+    async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
+        first = wire.start_request(start)
+        call = self._stub.Verify(timeout=within)
+        return await _GrpcStream[Block, Started | Verdict].open(call, first, wire.verify_response, wire.block_request)
+
+    async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
+        call = self._stub.Generate(wire.generate_request(start), timeout=within)
+        return _GrpcStream[NoReturn, Started | Committed](call, wire.generate_response, _nothing)
+
+    async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]:
+        request = wire.tokenize_request(prompt)
+        with _translated():
+            return tuple((await self._stub.Tokenize(request, timeout=within)).token_ids)
+
+    async def detokenize(
+        self, token_ids: tuple[int, ...], keep_special_tokens: bool, within: float | None = None
+    ) -> str:
+        request = wire.detokenize_request(token_ids, keep_special_tokens)
+        with _translated():
+            return (await self._stub.Detokenize(request, timeout=within)).text
+
+
+class GrpcDraft(_GrpcService):
+    """A draft service at an address such as "127.0.0.1:50052"."""
+
+    @property
+    def _stub(self) -> draft_pb2_grpc.DraftServiceAsyncStub:
+        return draft_pb2_grpc.DraftServiceStub(self._channel)
+
+    async def info(self, within: float | None = None) -> ModelInfo:
+        with _translated():
+            request = draft_pb2.DraftServiceGetModelInfoRequest()
+            return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
+
+    async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
+        first = wire.draft_start_request(start)
+        call = self._stub.Propose(timeout=within)
+        stream = _GrpcStream[DraftAsk, DraftStarted | Proposal]
+        return await stream.open(call, first, wire.propose_response, wire.ask_request)

@@ -1,0 +1,183 @@
+"""The messages of the protocol as plain data: what `loop` computes with and what transports carry.
+
+The proto files are the reference for the meaning of each field; `wire` converts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from specpair.params import Prompt, SamplingParams
+from specpair.results import FinishReason, Logprobs, Source
+
+__all__ = [
+    "Block",
+    "Committed",
+    "DraftAsk",
+    "DraftStart",
+    "DraftStarted",
+    "Fingerprint",
+    "ModelInfo",
+    "Phase",
+    "Proposal",
+    "SparseDistribution",
+    "Start",
+    "Started",
+    "Verdict",
+]
+
+
+class Phase(StrEnum):
+    """Where a service stands between start and stop."""
+
+    UNSPECIFIED = "unspecified"
+    LOADING = "loading"
+    COMPILING = "compiling"
+    WARMING_UP = "warming_up"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What must agree between a draft and a target."""
+
+    vocabulary_size: int
+    vocabulary_sha256: str = ""
+    special_tokens_sha256: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a service runs."""
+
+    model: str = ""
+    phase: Phase = Phase.UNSPECIFIED
+    progress: float = 0.0
+    detail: str = ""
+    fingerprint: Fingerprint | None = None
+    architecture: str = ""
+    parameters: int = 0
+    dtype: str = ""
+    quantization: str = ""
+    device: str = ""
+    attn_implementation: str = ""
+    compiled: bool = False
+    verify_width: int = 0
+    max_length: int = 0
+    slots: int = 0
+    slots_in_use: int = 0
+    recompilations: int = 0
+    version: str = ""
+    proposers: tuple[Source, ...] = ()
+    chat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Opens a session at the target, for Verify and for Generate alike."""
+
+    prompt: Prompt
+    params: SamplingParams
+    committed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The target's answer to `Start`."""
+
+    session_id: str
+    prompt_token_ids: tuple[int, ...]
+    cached_tokens: int
+    length: int
+    max_block_tokens: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDistribution:
+    """A probability distribution over a few ids."""
+
+    token_ids: tuple[int, ...]
+    probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A proposal for the target to verify."""
+
+    round: int
+    base_length: int
+    last_token_id: int
+    token_ids: tuple[int, ...]
+    source: Source
+    draft_probs: tuple[SparseDistribution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Tokens that the target has made part of the output."""
+
+    token_ids: tuple[int, ...]
+    text_delta: str
+    text_lengths: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_string: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The target's answer to a block."""
+
+    round: int
+    stale: bool
+    base_length: int
+    accepted: int
+    committed: Committed
+    queue_us: int = 0
+    forward_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStart:
+    """Opens a session at the draft."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    proposer: Source | None = None
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStarted:
+    """The draft's answer to `DraftStart`."""
+
+    proposer: Source | None
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftAsk:
+    """Asks for the next proposal: from `from_position` on, the session's tokens are now `token_ids`."""
+
+    round: int
+    from_position: int
+    token_ids: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Ids that the draft expects behind the first `base_length` tokens of the session."""
+
+    round: int
+    base_length: int
+    token_ids: tuple[int, ...]
+    source: Source
+    draft_probs: tuple[SparseDistribution, ...] = ()
+    draft_us: int = 0

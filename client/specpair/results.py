@@ -1,0 +1,135 @@
+"""What a caller gets: tokens with their provenance, chunks of a stream, the result and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["Chunk", "FinishReason", "Logprobs", "ProposerChange", "Result", "Source", "Stats", "Token"]
+
+
+class Source(StrEnum):
+    """Who proposed a token. The target judged every one of them."""
+
+    TARGET = "target"
+    """Nobody: the target computed it without a proposal, or against one."""
+    MODEL = "model"
+    NGRAM = "ngram"
+    PREDICTION = "prediction"
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    MAX_NEW_TOKENS = "max_new_tokens"
+    CACHE_FULL = "cache_full"
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of probabilities at one position."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logarithm of its probability), most probable first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of the output.
+
+    `text` is what the token added to the text: "" when it was held back, as half a character or the beginning of a
+    possible stop string is; the token that decides the question then carries the text of both.
+    """
+
+    id: int
+    text: str
+    source: Source
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one round committed. Tokens of a chunk are never taken back."""
+
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerChange:
+    """A session that goes on with another proposer, for example n-gram after its draft service was lost."""
+
+    round: int
+    """The first round of the new proposer, counted from 1."""
+    proposer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How a generation went. Durations are in seconds."""
+
+    rounds: int = 0
+    """Steps of the target that were applied."""
+    proposed: int = 0
+    accepted: int = 0
+    accepted_by_source: Mapping[Source, int] = field(default_factory=dict)
+    stale: int = 0
+    """Blocks that the target dropped because they did not continue its state."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0
+    """From the call to the last token."""
+    time_to_first_token: float = 0.0
+    proposing_seconds: float = 0.0
+    """Waiting for proposals, as the client saw it."""
+    drafting_seconds: float = 0.0
+    """The draft's forward passes or lookups, as it reports them; run-ahead hides part of it."""
+    verifying_seconds: float = 0.0
+    """The target's forward passes, as it reports them."""
+    queued_seconds: float = 0.0
+    """Blocks waiting for the target's engine, prefill included, as it reports it."""
+    wire_seconds: float = 0.0
+    """What is left of waiting for verdicts: the network, serialization and scheduling."""
+    proposer: str = "none"
+    """Who proposed at the end: "model", "ngram" or "none"."""
+    proposer_changes: tuple[ProposerChange, ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted per proposed token; 0 when nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Output tokens per step of the target."""
+        return self.output_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per second of the whole call, prefill included."""
+        return self.output_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished generation."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+    stop_string: str | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the output, without the prompt's."""
+        return tuple(token.id for token in self.tokens)

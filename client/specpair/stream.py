@@ -1,0 +1,73 @@
+"""What a caller holds while tokens arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Self
+
+from specpair.errors import DeadlineError
+from specpair.results import Chunk, Result, Stats, Token
+from specpair.session import Session
+
+__all__ = ["TokenStream"]
+
+
+class TokenStream:
+    """The chunks of one generation, as they are committed: `async for chunk in stream`.
+
+    Iterating raises any exception of `specpair.errors`. Leaving an `async with` block, `aclose` or cancelling the task
+    that iterates ends the calls to both services at once. Nothing is sent before the first iteration.
+    """
+
+    def __init__(self, session: Session, chunks: AsyncGenerator[Chunk], timeout: float | None) -> None:
+        self._session = session
+        self._chunks = chunks
+        self._timeout = timeout
+        self._deadline: float | None = None
+
+    @property
+    def result(self) -> Result:
+        """The whole generation. Raises RuntimeError before its end."""
+        result = self._session.result
+        if result is None:
+            raise RuntimeError("the stream has not reached its end")
+        return result
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """The output so far: committed, also if the stream broke off behind it."""
+        loop = self._session.loop
+        return tuple(loop.tokens) if loop else ()
+
+    @property
+    def stats(self) -> Stats:
+        """Statistics so far."""
+        return self._session.stats
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._deadline is None and self._timeout is not None:
+            self._deadline = asyncio.get_running_loop().time() + self._timeout
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(self._chunks)
+        except TimeoutError:
+            if self._session.result is not None:  # all that was missing is the services' farewell
+                raise StopAsyncIteration from None
+            raise DeadlineError(f"not finished within {self._timeout:g} s") from None
+
+    async def aclose(self) -> None:
+        """Ends the calls to both services."""
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

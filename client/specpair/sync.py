@@ -1,0 +1,157 @@
+"""The client without asyncio: the same core, run by an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, ClientOptions, SpeculativeClient
+from specpair.messages import ModelInfo
+from specpair.params import Prompt, SamplingParams
+from specpair.results import Chunk, Result, Stats, Token
+from specpair.stream import TokenStream
+
+__all__ = ["SyncSpeculativeClient", "SyncTokenStream"]
+
+T = TypeVar("T")
+
+
+class SyncSpeculativeClient:
+    """`SpeculativeClient` for code without an event loop; see there for what the arguments mean.
+
+    May be used by several threads at once. Close it, or use it in a `with` block.
+    """
+
+    def __init__(
+        self, target: str = DEFAULT_TARGET, draft: str = DEFAULT_DRAFT, **options: Unpack[ClientOptions]
+    ) -> None:
+        self._client = SpeculativeClient(target, draft, **options)
+        self._loop = _LoopThread()
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None) -> Result:
+        """Continues a prompt; see SpeculativeClient.generate."""
+        return self._loop.run(self._client.generate(prompt, params, timeout=timeout))
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> SyncTokenStream:
+        """Continues a prompt, chunk by chunk; see SpeculativeClient.stream."""
+        return SyncTokenStream(self._client.stream(prompt, params, timeout=timeout), self._loop)
+
+    def info(self) -> tuple[ModelInfo, ModelInfo | None]:
+        """What the target and the draft run."""
+        return self._loop.run(self._client.info())
+
+    def healthy(self) -> tuple[bool, bool | None]:
+        """Whether the target and the draft report to be serving."""
+        return self._loop.run(self._client.healthy())
+
+    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt."""
+        return self._loop.run(self._client.tokenize(prompt))
+
+    def detokenize(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self._loop.run(self._client.detokenize(token_ids, keep_special_tokens=keep_special_tokens))
+
+    def close(self) -> None:
+        """Closes the connections and ends the thread. Does nothing the second time."""
+        if self._loop.running:
+            self._loop.run(self._client.aclose())
+            self._loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SyncTokenStream:
+    """The chunks of one generation: `for chunk in stream`. Leaving a `with` block or `close` ends the calls."""
+
+    def __init__(self, stream: TokenStream, loop: _LoopThread) -> None:
+        self._stream = stream
+        self._loop = loop
+
+    @property
+    def result(self) -> Result:
+        """The whole generation. Raises RuntimeError before its end."""
+        return self._stream.result
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """The output so far."""
+        return self._stream.tokens
+
+    @property
+    def stats(self) -> Stats:
+        """Statistics so far."""
+        return self._stream.stats
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = self._loop.run(self._next())
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    async def _next(self) -> Chunk | None:
+        return await anext(self._stream, None)
+
+    def close(self) -> None:
+        """Ends the calls to both services."""
+        if self._loop.running:
+            self._loop.run(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _LoopThread:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=asyncio.run, args=(_serve(ready),), name="specpair", daemon=True)
+        self._thread.start()
+        self._loop, self._done = ready.result()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine. An interrupt of the waiting thread cancels it."""
+        if not self.running:
+            work.close()
+            raise RuntimeError("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join()
+
+
+async def _serve(ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+    done = asyncio.Event()
+    ready.set_result((asyncio.get_running_loop(), done))
+    await done.wait()

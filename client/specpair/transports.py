@@ -1,0 +1,93 @@
+"""How the client reaches the services: the few operations it needs, on plain data.
+
+`grpc_transports` carries them out over gRPC; tests use in-memory fakes. Every operation raises an exception of
+`specpair.errors`, and nothing else, when the other side or the way to it fails. `within` limits an operation, or a
+stream from its opening to its end, to so many seconds; None does not limit it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from specpair.messages import (
+    Block,
+    Committed,
+    DraftAsk,
+    DraftStart,
+    DraftStarted,
+    ModelInfo,
+    Proposal,
+    Start,
+    Started,
+    Verdict,
+)
+from specpair.params import Prompt
+
+__all__ = ["DraftTransport", "ProposeStream", "Receiver", "Stream", "TargetTransport", "VerifyStream"]
+
+Received = TypeVar("Received", covariant=True)
+Sent = TypeVar("Sent", contravariant=True)
+
+
+class Receiver(Protocol[Received]):
+    """The client's end of a call that answers with a stream."""
+
+    async def receive(self) -> Received:
+        """The next message. Raises ProtocolError if the other side ended the stream."""
+        ...
+
+    async def finish(self) -> None:
+        """Nothing more will be sent: waits until the other side has ended the stream too."""
+        ...
+
+    def cancel(self) -> None:
+        """Gives the call up at once, without waiting. Does nothing when it has ended."""
+        ...
+
+
+class Stream(Receiver[Received], Protocol[Sent, Received]):
+    """The client's end of a call with a stream in both directions."""
+
+    async def send(self, message: Sent) -> None: ...
+
+
+VerifyStream = Stream[Block, Started | Verdict]
+ProposeStream = Stream[DraftAsk, DraftStarted | Proposal]
+
+
+class TargetTransport(Protocol):
+    """A target service."""
+
+    async def info(self, within: float | None = None) -> ModelInfo: ...
+
+    async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
+        """A new session; its first message will be `Started`."""
+        ...
+
+    async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
+        """The target's own loop; its first message will be `Started`."""
+        ...
+
+    async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]: ...
+
+    async def detokenize(
+        self, token_ids: tuple[int, ...], keep_special_tokens: bool, within: float | None = None
+    ) -> str: ...
+
+    async def healthy(self, within: float | None = None) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+class DraftTransport(Protocol):
+    """A draft service."""
+
+    async def info(self, within: float | None = None) -> ModelInfo: ...
+
+    async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
+        """A new session; its first message will be `DraftStarted`."""
+        ...
+
+    async def healthy(self, within: float | None = None) -> bool: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The draft service: proposes what the target will probably say."""

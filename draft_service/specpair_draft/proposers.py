@@ -1,0 +1,148 @@
+"""The proposers of a session: a small model on a KV slot of its own, and prompt lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from specpair.ngram import NgramIndex
+from specpair.v1.common_pb2 import Source
+from specpair_runtime.models.runner import ModelRunner
+from specpair_runtime.sampling.choice import choose
+from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
+
+__all__ = ["STEP_WIDTHS", "ModelProposer", "NgramProposer", "Proposer"]
+
+# Rows of a draft step: one, or up to so many to catch up with what the target committed.
+_CATCH_UP = 8
+STEP_WIDTHS = (1, _CATCH_UP)
+
+
+class Proposer(Protocol):
+    """One session's proposer. It follows the target's tokens and guesses on."""
+
+    source: Source.ValueType
+    max_length: int
+    """Positions of its KV cache; 0 for no limit."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it follows now."""
+        ...
+
+    def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
+        """Replaces the tokens from a position on, 0 <= from_position <= length."""
+        ...
+
+    def prefill(self) -> None:
+        """Does what can be done before the first round."""
+        ...
+
+    def propose(self, max_tokens: int) -> list[int]:
+        """Up to `max_tokens` ids that may come next."""
+        ...
+
+
+class ModelProposer:
+    """Decodes ahead with a model, with the target's processors and the target's noise."""
+
+    source = Source.SOURCE_MODEL
+
+    def __init__(self, runner: ModelRunner, slot: int, prefill_chunk: int, params: SamplingParams) -> None:
+        self.max_length = runner.max_length
+        self._runner = runner
+        self._slot = slot
+        self._prefill_chunk = prefill_chunk
+        self._params = SamplingBatch.of([params], runner.device)
+        self._tokens: list[int] = []
+        # The ids whose KV is in the slot: at first what was committed, then what was guessed on from there.
+        self._cached: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens that it follows now."""
+        return len(self._tokens)
+
+    def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
+        """Replaces the tokens from a position on; the KV of guesses that came true stays."""
+        self._tokens[from_position:] = token_ids
+        agreed = min(from_position, len(self._cached))
+        for cached, token in zip(self._cached[agreed:], token_ids, strict=False):
+            if cached != token:
+                break
+            agreed += 1
+        # The last token is fed again, because its logits are what is asked for next.
+        self._cached = self._cached[: min(agreed, len(self._tokens) - 1)]
+
+    def propose(self, max_tokens: int) -> list[int]:
+        """Up to `max_tokens` ids, fewer where the slot ends; the forward passes of one round."""
+        room = self.max_length - len(self._tokens) + 1
+        proposal: list[int] = []
+        if room <= 0:
+            return proposal
+        self.prefill()
+        pending = self._tokens[len(self._cached) :]
+        while len(proposal) < min(max_tokens, room):
+            token = self._decode(pending)
+            proposal.append(token)
+            pending = [token]
+        return proposal
+
+    def prefill(self) -> None:
+        """Feeds all but the last few tokens in chunks; nothing is fed that does not fit the slot."""
+        if len(self._tokens) > self.max_length:
+            return
+        while len(self._tokens) - len(self._cached) > _CATCH_UP:
+            start = len(self._cached)
+            chunk = self._tokens[start : min(start + self._prefill_chunk, len(self._tokens) - 1)]
+            self._runner.prefill(self._slot, chunk, start)
+            self._cached += chunk
+
+    def _decode(self, token_ids: Sequence[int]) -> int:
+        """Feeds ids and chooses the one behind them."""
+        width = 1 if len(token_ids) == 1 else _CATCH_UP
+        start = len(self._cached)
+        slots = self._runner.slot_range([self._slot])
+        own = self._slot - slots.start
+        rows = torch.zeros((len(slots), width), dtype=torch.int64)
+        rows[own, : len(token_ids)] = torch.tensor(token_ids)
+        starts = torch.full((len(slots),), self._runner.parking)
+        starts[own] = start
+        logits = self._runner.logits(slots.start, rows, starts, self._runner.bucket(start, width))
+        self._cached += token_ids
+        last = logits[None, own, len(token_ids) - 1, None]  # [1, 1, vocabulary]
+        position = torch.full((1, 1), len(self._cached), device=logits.device)
+        return int(choose(last, position, self._params))
+
+
+class NgramProposer:
+    """Prompt lookup over everything that the session has said."""
+
+    source = Source.SOURCE_NGRAM
+    max_length = 0
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._index = NgramIndex()
+
+    @property
+    def length(self) -> int:
+        """Tokens that it follows now."""
+        return len(self._tokens)
+
+    def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
+        """Replaces the tokens from a position on."""
+        if from_position < len(self._tokens):
+            # The index only grows; what the target committed is not taken back but by a caller that starts again.
+            self._index = NgramIndex(self._tokens[:from_position])
+        self._tokens[from_position:] = token_ids
+        self._index.extend(token_ids)
+
+    def prefill(self) -> None:
+        """Nothing to do: the index is kept as tokens come."""
+
+    def propose(self, max_tokens: int) -> list[int]:
+        """What followed the last occurrence of the longest n-gram at the end."""
+        return self._index.lookup(max_tokens)

@@ -1,0 +1,1 @@
+"""What the target service and the draft service share: models, sampling, serving."""

@@ -1,0 +1,1 @@
+"""Models: loading, the slot cache, forward passes over it."""

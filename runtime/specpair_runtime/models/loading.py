@@ -1,0 +1,121 @@
+"""Loading a causal language model from a directory or a hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from specpair.errors import ModelLoadError
+from specpair_runtime.models.attention import GROUPED_SDPA, register_attention
+from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
+
+__all__ = ["AttentionName", "DtypeName", "LoadOptions", "LoadedModel", "QuantizationName", "load_model"]
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
+QuantizationName = Literal["none", "int8", "nf4", "fp4"]
+AttentionName = Literal["sdpa", "eager"]
+
+_DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ATTENTION: dict[AttentionName, str] = {"sdpa": GROUPED_SDPA, "eager": "eager"}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how; each field is an option of the services by the same name."""
+
+    model: str
+    dtype: DtypeName = "bf16"
+    quantization: QuantizationName = "none"
+    device: str = "auto"
+    attn_implementation: AttentionName = "sdpa"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with what is known about its vocabulary."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    fingerprint: VocabularyFingerprint
+    options: LoadOptions
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for, None when its config does not say."""
+        config = self.model.config.get_text_config(decoder=True)
+        positions: int | None = getattr(config, "max_position_embeddings", None)
+        return positions
+
+
+def load_model(options: LoadOptions) -> LoadedModel:
+    """Loads weights (safetensors only, no remote code) and tokenizer.
+
+    Raises ModelLoadError whose field is the option at fault.
+    """
+    transformers_logging.disable_progress_bar()
+    device = _device(options.device)
+    _check_directory(options.model)
+    register_attention()
+    try:
+        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"no model config in {options.model!r}: {_first_line(error)}", field="model") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadError(f"{options.model!r} is an encoder-decoder model, not a causal one", field="model")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            options.model,
+            config=config,
+            dtype=_DTYPES[options.dtype],
+            attn_implementation=_ATTENTION[options.attn_implementation],
+            quantization_config=_quantization(options),
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelLoadError(f"cannot load {options.model!r}: {_first_line(error)}", field="model") from error
+    model.eval()
+    tokenizer = load_tokenizer(options.model)
+    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options)
+
+
+def _check_directory(model: str) -> None:
+    path = Path(model)
+    # A hub id has at most one slash; everything else can only mean a directory.
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ModelLoadError(f"no such directory: {model}", field="model")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelLoadError(f"unknown device {name!r}", field="device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"{name!r} is not available: no CUDA device is visible", field="device")
+    return device
+
+
+def _quantization(options: LoadOptions) -> BitsAndBytesConfig | None:
+    if options.quantization == "none":
+        return None
+    if options.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quantization,
+        bnb_4bit_compute_dtype=_DTYPES[options.dtype],
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

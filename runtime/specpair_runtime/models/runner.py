@@ -1,0 +1,119 @@
+"""Forward passes of a model over its slot cache.
+
+One call covers a contiguous range of slots with the same number of rows each. The shapes are few: batch sizes and
+attended lengths come in buckets, so that a compiled model needs one graph for each pair of them.
+
+The attended length is part of a result's bits: the same row over 256 and over 512 positions, 256 of them masked, may
+differ in the last place. So a caller batches only sessions of one `bucket`, and a session's bits depend on its own
+length alone. The batch size was measured not to matter (docs/determinism.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specpair_runtime.models.masks import AttentionMasks
+from specpair_runtime.models.slot_cache import SlotCache
+
+__all__ = ["ModelRunner"]
+
+_SHORTEST_LENGTH = 256
+
+
+class ModelRunner:
+    """Runs token ids through a model at explicit positions of explicit slots.
+
+    `max_length` positions of each slot are usable; `scratch` more are there for rows that pad a step beyond them, and
+    for the rows of slots that only lie between others (`parking`): no session ever attends to those.
+    `vocabulary` cuts the padding of the embedding matrix off the logits.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, slots: int, max_length: int, scratch: int, vocabulary: int, compile_: bool
+    ) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.slots = slots
+        self.max_length = max_length
+        self.parking = max_length
+        self.vocabulary = vocabulary
+        self.compiled = compile_
+        capacity = -(-(max_length + scratch) // 64) * 64
+        self._cache = SlotCache(model.config, slots, capacity, self.device)
+        self._masks = AttentionMasks(model.config, model.dtype)
+        self._step = self._logits
+        if compile_:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            # One graph per batch and length bucket: more than dynamo allows by default.
+            torch._dynamo.config.recompile_limit = 256
+            self._step = torch.compile(self._logits, fullgraph=True, dynamic=False, mode=mode)
+
+    def batch_buckets(self) -> list[int]:
+        """Batch sizes that `slot_range` returns: powers of two, and all slots."""
+        sizes = [1 << power for power in range(self.slots.bit_length()) if 1 << power < self.slots]
+        return [*sizes, self.slots]
+
+    def length_buckets(self) -> list[int]:
+        """Attended lengths in positions: doubling from 256 on, and the whole cache."""
+        sizes = []
+        size = _SHORTEST_LENGTH
+        while size < self._cache.positions:
+            sizes.append(size)
+            size *= 2
+        return [*sizes, self._cache.positions]
+
+    def bucket(self, start: int, rows: int) -> int:
+        """The attended length of a step of `rows` rows from position `start` on."""
+        return next(length for length in self.length_buckets() if length >= start + rows)
+
+    def slot_range(self, slots: Sequence[int]) -> range:
+        """The smallest bucket of neighbouring slots that covers all the given ones.
+
+        A compiled model always starts at slot 0, because the start is part of its graph.
+        """
+        first = 0 if self.compiled else min(slots)
+        size = next(size for size in self.batch_buckets() if size > max(slots) - first)
+        first = min(first, self.slots - size)
+        return range(first, first + size)
+
+    @torch.inference_mode()
+    def logits(self, first_slot: int, token_ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+        """Decodes `token_ids` ([batch, rows], int64), row j of slot `first_slot + b` at position `starts[b] + j`.
+
+        `length` is the `bucket` of the sessions that matter. Returns logits of [batch, rows, vocabulary] in the
+        model's dtype, on its device.
+        """
+        return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Writes the KV of `token_ids` at positions from `start` on, without logits; never compiled."""
+        ids = torch.tensor([token_ids])
+        positions = self._positions(ids, torch.tensor([start]))
+        self._forward(self.model.base_model, slot, ids.to(self.device), positions, self.bucket(start, len(token_ids)))
+
+    def _positions(self, token_ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return (starts[:, None] + torch.arange(token_ids.shape[1])).to(self.device)
+
+    def _logits(self, first_slot: int, token_ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        logits: torch.Tensor = self._forward(self.model, first_slot, token_ids, positions, length).logits
+        return logits[..., : self.vocabulary]
+
+    def _forward(
+        self, model: torch.nn.Module, first_slot: int, token_ids: torch.Tensor, positions: torch.Tensor, length: int
+    ) -> Any:  # noqa: ANN401 - transformers' output classes are untyped
+
+        view = self._cache.view
+        view.positions, view.first_slot, view.length = positions, first_slot, length
+        return model(
+            input_ids=token_ids,
+            attention_mask=self._masks.build(positions, length),
+            # Rows that pad a step may stand beyond the last position that the model knows.
+            position_ids=positions.clamp(max=self.max_length - 1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )

@@ -1,0 +1,1 @@
+"""Sampling: processors, seeded noise, acceptance rules."""

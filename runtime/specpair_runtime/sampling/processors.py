@@ -1,0 +1,42 @@
+"""Logits processors, vectorised over sessions and block positions, with the semantics of transformers' own."""
+
+from __future__ import annotations
+
+import torch
+
+from specpair_runtime.sampling.params import SamplingBatch
+
+__all__ = ["process"]
+
+
+def process(logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
+    """Temperature, then top-k, then top-p, as `generate` applies them.
+
+    `logits` is [batch, rows, vocabulary], float32; returns scores of that shape, removed tokens at minus infinity.
+    Rows of greedy sessions come back unscaled and complete: only their maximum matters.
+    """
+    # Where a session is greedy its temperature is 0; dividing by 1 keeps the row finite.
+    temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
+    scores = logits / temperature[:, None, None]
+    if params.any_top_k:
+        scores = _top_k(scores, params.top_k)
+    if params.any_top_p:
+        scores = _top_p(scores, params.top_p)
+    return scores
+
+
+def _top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    vocabulary = scores.shape[-1]
+    rank = torch.where(top_k > 0, top_k.clamp(max=vocabulary), vocabulary) - 1
+    largest = scores.topk(int(rank.max()) + 1, dim=-1).values
+    threshold = largest.gather(-1, rank[:, None, None].expand(*scores.shape[:-1], 1))
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def _top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    ascending, order = scores.sort(dim=-1)
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)[:, None, None]
+    # The most probable token always stays, and top_p = 1 means the whole row whatever the rounding of the sum.
+    removed[..., -1] = False
+    removed &= (top_p < 1.0)[:, None, None]
+    return scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)

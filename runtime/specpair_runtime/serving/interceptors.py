@@ -1,0 +1,155 @@
+"""Around every call: a request id, exceptions turned into statuses, and one log line at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import structlog
+from grpc_status import rpc_status
+
+from specpair.errors import InternalError, SpecpairError, to_status
+
+REQUEST_ID = "x-request-id"
+
+# A caller's id goes into logs and metadata: no more than this is taken over.
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# Health probes and tools: what they ask is of no interest until something is wrong.
+_QUIET = ("/grpc.health.", "/grpc.reflection.")
+
+_CANCELLATION_LAG = 0.001  # seconds
+_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+_annotations: ContextVar[dict[str, str | int | float | bool] | None] = ContextVar("annotations", default=None)
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Handler = Callable[[Any, _Context], Any]
+
+
+def annotate(**fields: str | int | float | bool) -> None:
+    """Adds fields to the log line of the current call; does nothing outside of one.
+
+    Counts, durations and names only: no prompt, no generated text, no token ids.
+    """
+    annotations = _annotations.get()
+    if annotations is not None:
+        annotations.update(fields)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server, of all four kinds.
+
+    - A SpecpairError ends the call with the status and the details that `specpair.errors` gives it.
+    - Any other exception ends it with INTERNAL and a text that names the request id alone; the traceback is logged.
+    - The request id comes from the metadata `x-request-id` or is made up; it stands on every log line of the call and
+      goes back in the trailing metadata. Not in the initial metadata: those sent early would end gRPC's own retries.
+    - One line per call is logged at its end: method, peer, status, seconds, and what the handler said to `annotate`.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        codecs = (handler.request_deserializer, handler.response_serializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(_wrap(method, handler.unary_unary), *codecs)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(_wrap(method, handler.unary_stream), *codecs)
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(_wrap(method, handler.stream_unary), *codecs)
+        return grpc.stream_stream_rpc_method_handler(_wrap(method, handler.stream_stream), *codecs)
+
+
+def _wrap(method: str, handler: Any) -> Any:  # noqa: ANN401
+    # grpc's types know no handler that is a coroutine, nor one that writes to its context instead of yielding.
+    async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401
+        return await _call(method, handler, request, context)
+
+    return call
+
+
+async def _call(method: str, handler: _Handler, request: Any, context: _Context) -> Any:  # noqa: ANN401
+    request_id = _request_id(context)
+    # grpc.aio runs every call in a task of its own, so nothing has to be unbound.
+    structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
+    _annotations.set({})
+    log = structlog.get_logger("specpair.rpc")
+    started = time.perf_counter()
+    cancelled = False
+    # At once, for handlers that abort by themselves; again at the end, for those that set trailing metadata.
+    context.set_trailing_metadata(_trailing(context, request_id))
+    try:
+        result = await _answer(handler, request, context)
+        context.set_trailing_metadata(_trailing(context, request_id))
+        if hasattr(request, "__aiter__"):
+            # A client that cancels looks to a reading handler like one that has no more to say; the cancellation
+            # itself arrives a moment later, in time to be logged as what it is.
+            await asyncio.sleep(_CANCELLATION_LAG)
+        return result
+    except asyncio.CancelledError:
+        cancelled = True
+        raise
+    except grpc.aio.AbortError:
+        raise
+    except SpecpairError as error:
+        await _abort(context, error, request_id)
+    except Exception:
+        log.exception("unexpected error")
+        await _abort(context, InternalError(f"internal error; the log has it as request {request_id}"), request_id)
+    finally:
+        seconds = round(time.perf_counter() - started, 6)
+        write = log.debug if method.startswith(_QUIET) else log.info
+        write("call", status=_status(context, cancelled), seconds=seconds, **(_annotations.get() or {}))
+
+
+async def _answer(handler: _Handler, request: Any, context: _Context) -> Any:  # noqa: ANN401
+    """The response of a unary handler, None after a stream."""
+    result = handler(request, context)
+    if not inspect.isasyncgen(result):
+        return await result
+    # Iterated here rather than by grpc.aio, which may drop a generator without closing it: its `finally` runs before
+    # the call ends, whichever way it ends.
+    async with aclosing(result) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
+
+
+async def _abort(context: _Context, error: SpecpairError, request_id: str) -> None:
+    status = rpc_status.to_status(to_status(error))
+    trailing = (*_trailing(context, request_id), *status.trailing_metadata)
+    await context.abort(status.code, status.details, trailing)
+
+
+def _trailing(context: _Context, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+    others = [(key, value) for key, value in context.trailing_metadata() or () if key != REQUEST_ID]
+    return (*others, (REQUEST_ID, request_id))
+
+
+def _request_id(context: _Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID and isinstance(value, str) and _ACCEPTED_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _status(context: _Context, cancelled: bool) -> str:
+    if cancelled:
+        # The runtime announces a deadline that passed as a cancellation.
+        return "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+    # A status code, or its number; 0 or None before one is set.
+    code = context.code() or grpc.StatusCode.OK
+    return code.name if isinstance(code, grpc.StatusCode) else _NAMES.get(code, str(code))

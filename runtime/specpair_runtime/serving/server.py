@@ -1,0 +1,225 @@
+"""The life of a service process: listen, load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from specpair.errors import SpecpairError, UnavailableError
+from specpair.v1 import common_pb2
+from specpair_runtime.serving.config import ServiceConfig
+from specpair_runtime.serving.ending import Ending
+from specpair_runtime.serving.health import Health
+from specpair_runtime.serving.interceptors import CallInterceptor
+from specpair_runtime.serving.progress import shown
+from specpair_runtime.serving.reflection import add_reflection
+from specpair_runtime.serving.status import ServiceStatus
+
+# Messages stay limited to 4 MiB, gRPC's default.
+_OPTIONS = (
+    # Two services on one port would share its connections at random; the second one must fail instead.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 60 s to keep idle sessions alive through proxies. The default answers that with GOAWAY.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+)
+
+_log = structlog.stdlib.get_logger("specpair")
+
+
+Register = Callable[[grpc.aio.Server], Sequence[str]]
+Load = Callable[[ServiceStatus], None]
+Close = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Service:
+    register: Register
+    load: Load
+    status: ServiceStatus
+    close: Close
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    exit_status: int
+    # A thread is still at work and nothing can stop it.
+    abandoned: bool = False
+
+
+def run(config: ServiceConfig, *, register: Register, load: Load, status: ServiceStatus, close: Close) -> int:
+    """Runs `serve` with the start shown on stderr, and returns its exit status. For mains.
+
+    When a signal during the load or a second signal leaves a thread at work, this ends the process by itself.
+    """
+    with shown(status):
+        outcome = asyncio.run(_serve(config, _Service(register, load, status, close), None))
+    if outcome.abandoned:
+        # A native thread that asks for the GIL back while the interpreter exits is killed there, which may abort the
+        # process with a status of its own.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(outcome.exit_status)
+    return outcome.exit_status
+
+
+async def serve(
+    config: ServiceConfig,
+    *,
+    register: Register,
+    load: Load,
+    status: ServiceStatus,
+    close: Close,
+    on_listening: Callable[[str], None] | None = None,
+) -> int:
+    """Runs a service until a signal or a failure ends it, and returns the exit status of its process.
+
+    `register` adds the servicers and returns the full names of their services. It is called first: the servicers must
+    answer GetModelInfo before anything is loaded.
+    `load` runs in a thread of its own while the server already listens; health is NOT_SERVING until it returns.
+    `close` runs in a thread of its own after the last call has ended, also when `load` raised. It is left out when the
+    address could not be bound and when the load still goes on.
+    `on_listening` gets the address in use.
+
+    Returns 0 after SIGTERM or SIGINT: health turns NOT_SERVING at once and running calls get `config.grace` seconds to
+    end. Returns 1 when the address cannot be bound, when `load` raises, and when anything calls `status.fail`; the
+    reason is logged. Returns 128 plus its number after a second signal, which ends at once, without `close`.
+    Raises what `close` raises. Cancelling this ends all calls at once and closes.
+    """
+    return (await _serve(config, _Service(register, load, status, close), on_listening)).exit_status
+
+
+async def _serve(config: ServiceConfig, service: _Service, on_listening: Callable[[str], None] | None) -> _Outcome:
+    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+    services = [*service.register(server), Health.SERVICE]
+    health = Health()
+    health.add_to(server)
+    health.set(services, serving=False)
+    if config.reflection:
+        add_reflection(server, services)
+    try:
+        address = _bind(server, config.listen)
+    except UnavailableError as error:
+        service.status.fail(str(error))
+        _log.error(f"failed: {error}")
+        return _Outcome(1)
+    with Ending(service.status) as ending:
+        await server.start()
+        _log.info("listening", address=address)
+        if on_listening is not None:
+            on_listening(address)
+        loading = _in_thread(lambda: service.load(service.status), "load")
+        exit_status: int | None = None
+        try:
+            await _first(loading, ending.asked)
+            if loading.done() and _loaded(loading, service.status):
+                health.set(services, serving=True)
+                _log.info("ready", address=address)
+            exit_status = await asyncio.shield(ending.asked)
+            if exit_status:
+                _log.error(f"failed: {service.status.snapshot.detail}")
+        finally:
+            # Cancelled or failed: there is nothing to wait for.
+            grace = None if exit_status != 0 else config.grace
+            service.status.set(common_pb2.PHASE_DRAINING)
+            health.shut_down()
+            close = service.close if loading.done() else None
+            stopping = asyncio.ensure_future(_stop(server, grace, close))
+            await _first(stopping, ending.forced)
+        if not stopping.done():
+            stopping.cancel()
+            return _Outcome(ending.forced.result(), abandoned=True)
+        stopping.result()
+        _log.info("stopped")
+        return _Outcome(exit_status, abandoned=not loading.done())
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    """The address in use, with the real port. Raises UnavailableError."""
+    # gRPC does not pass on the system's reason, prints lines of its own, and takes an address of which only a part is
+    # free. So the usual case is found before it tries.
+    reason = _refusal(listen)
+    if reason == os.strerror(errno.EADDRINUSE):
+        raise UnavailableError(f"cannot listen on {listen}: {reason}", field="listen")
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise UnavailableError(f"cannot listen on {listen}: {reason or error}", field="listen") from None
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _refusal(listen: str) -> str:
+    """The system's reason for refusing an address, or one of those that a name stands for; "" when it takes all."""
+    host, _, port = listen.rpartition(":")
+    if listen.startswith("unix:"):
+        return ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _loaded(loading: asyncio.Future[None], status: ServiceStatus) -> bool:
+    """Whether the service is ready; enters READY or FAILED."""
+    error = loading.exception()
+    if error is None:
+        status.set(common_pb2.PHASE_READY, 1.0)
+    elif isinstance(error, SpecpairError):
+        status.fail(str(error))
+    else:
+        _log.error("unexpected error while loading", exc_info=error)
+        status.fail(f"{type(error).__name__}: {error}")
+    return status.phase == common_pb2.PHASE_READY
+
+
+async def _stop(server: grpc.aio.Server, grace: float | None, close: Callable[[], None] | None) -> None:
+    await server.stop(grace)
+    if close is not None:
+        await _in_thread(close, "close")
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _in_thread(work: Callable[[], None], name: str) -> asyncio.Future[None]:
+    """Runs `work` in a daemon thread; unlike an executor's, it keeps neither the loop nor the process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def report(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def body() -> None:
+        failure: BaseException | None = None
+        try:
+            work()
+        except BaseException as error:
+            failure = error
+        # The loop is closed when nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(report, failure)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return done

@@ -1,0 +1,56 @@
+"""The KV slots of a service, and who waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+
+from specpair.errors import OverloadedError
+
+__all__ = ["SlotPool"]
+
+
+class SlotPool:
+    """Hands out slots, lowest first, to waiters in order of arrival. Lives on one event loop."""
+
+    def __init__(self, slots: int, max_waiting: int) -> None:
+        self.slots = slots
+        self._free = list(range(slots))
+        self._waiting: deque[asyncio.Future[int]] = deque()
+        self._max_waiting = max_waiting
+
+    @property
+    def in_use(self) -> int:
+        """Slots that belong to a session now."""
+        return self.slots - len(self._free)
+
+    async def acquire(self, patience: float) -> int:
+        """A slot, at the latest after `patience` seconds; OverloadedError when there is none, or too many wait."""
+        if self._free:
+            return heapq.heappop(self._free)
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(f"{len(self._waiting)} sessions wait for a slot already", reason="KV_SLOTS_EXHAUSTED")
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            return await asyncio.wait_for(waiter, patience)
+        except TimeoutError:
+            raise OverloadedError(f"all {self.slots} slots stayed in use", reason="KV_SLOTS_EXHAUSTED") from None
+        except asyncio.CancelledError:
+            # The slot may have been handed over in the moment of the cancellation.
+            if waiter.done() and not waiter.cancelled():
+                self.release(waiter.result())
+            raise
+        finally:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(slot)
+                return
+        heapq.heappush(self._free, slot)

@@ -1,0 +1,1 @@
+"""The target service: verifies proposals with the large model."""

@@ -1,0 +1,82 @@
+"""The target's engine: sessions, slots and the scheduler behind one small interface for the servicer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from uuid import uuid4
+
+from specpair.errors import InvalidRequestError
+from specpair_runtime.models.serving_model import ServingModel, load_serving_model
+from specpair_runtime.serving import ServiceStatus
+from specpair_runtime.slots import SlotPool
+from specpair_target.config import TargetConfig
+from specpair_target.scheduler import Scheduler, Verification
+from specpair_target.sessions import Session, TurnOptions
+from specpair_target.text import TextStream
+from specpair_target.verifier import Verifier
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Opens sessions and verifies their blocks. Its coroutines run on one event loop, the model in its own thread."""
+
+    def __init__(self, model: ServingModel, config: TargetConfig) -> None:
+        self.model = model
+        self.width = config.verify_width
+        self.max_length = model.runner.max_length
+        self.pool = SlotPool(config.slots, config.queue)
+        self._queue_timeout = config.queue_timeout
+        self._scheduler = Scheduler(Verifier(model.runner, config.verify_width), prefill_chunk=config.prefill_chunk)
+        self._scheduler.start()
+
+    @classmethod
+    def load(cls, config: TargetConfig, status: ServiceStatus) -> Engine:
+        """Loads the configured model; blocks until it is warm. Raises ModelLoadError."""
+        return cls(load_serving_model(config, [config.verify_width], status), config)
+
+    async def open(
+        self,
+        prompt: Sequence[int],
+        committed: Sequence[int],
+        options: TurnOptions,
+        *,
+        committed_field: str,
+        patience: float | None,
+    ) -> Session:
+        """A session on a slot of its own, prefilling; `patience` is the caller's time in seconds.
+
+        Raises OverloadedError when no slot becomes free, and InvalidRequestError naming `committed_field` when the
+        committed tokens already end the turn.
+        """
+        tokenizer = self.model.loaded.tokenizer
+        text = TextStream(tokenizer, prompt, options.stop_strings) if tokenizer is not None else None
+        session = Session(
+            id=uuid4().hex,
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            max_length=self.max_length,
+            options=options,
+            text=text,
+        )
+        session.commit(committed)
+        if session.finish_reason:
+            raise InvalidRequestError("the committed tokens already end the turn", field=committed_field)
+        session.slot = await self.pool.acquire(min(patience or self._queue_timeout, self._queue_timeout))
+        self._scheduler.open(session)
+        return session
+
+    async def verify(self, session: Session, proposal: Sequence[int]) -> Verification:
+        """Judges a proposal that continues the session. Raises InternalError, OverloadedError or UnavailableError."""
+        return await asyncio.wrap_future(self._scheduler.submit(session, proposal))
+
+    def close(self, session: Session) -> None:
+        """Ends a session and frees its slot; a second call does nothing."""
+        if not session.closed:
+            self._scheduler.close(session)
+            self.pool.release(session.slot)
+
+    def stop(self) -> None:
+        """Stops the engine thread; blocks for the length of a step."""
+        self._scheduler.stop()

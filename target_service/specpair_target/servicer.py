@@ -1,0 +1,198 @@
+"""The target service on gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from specpair.errors import ProtocolError, UnavailableError, UnsupportedError
+from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
+from specpair_runtime.serving import ServiceStatus, annotate
+from specpair_runtime.wire import check_token_ids, describe_model
+from specpair_target import wire
+from specpair_target.config import TargetConfig
+from specpair_target.engine import Engine
+from specpair_target.sessions import Session
+
+__all__ = ["TargetServicer"]
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+    """Answers the calls of `TargetService`; the engine comes later than the servicer, which is there from the start."""
+
+    def __init__(self, config: TargetConfig, status: ServiceStatus) -> None:
+        self._config = config
+        self._status = status
+        self._engine: Engine | None = None
+
+    def load(self, status: ServiceStatus) -> None:
+        """Loads the model; blocks. Raises ModelLoadError."""
+        self._engine = Engine.load(self._config, status)
+
+    def stop(self) -> None:
+        """Stops the engine, if there is one; blocks."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: target_pb2.TargetServiceGetModelInfoRequest, context: _Context
+    ) -> target_pb2.TargetServiceGetModelInfoResponse:
+        """Describes the model and the service's phase."""
+        info = common_pb2.ModelInfo(
+            model=self._config.model,
+            dtype=self._config.dtype,
+            quantization=self._config.quantization,
+            verify_width=self._config.verify_width,
+            slots=self._config.slots,
+            version=importlib.metadata.version("specpair"),
+        )
+        self._status.fill(info)
+        if self._engine is not None:
+            describe_model(info, self._engine.model)
+            info.slots_in_use = self._engine.pool.in_use
+        return target_pb2.TargetServiceGetModelInfoResponse(info=info)
+
+    async def Verify(  # noqa: N802
+        self, requests: AsyncIterator[target_pb2.VerifyRequest], context: _Context
+    ) -> AsyncIterator[target_pb2.VerifyResponse]:
+        """A session: verdicts for blocks, on one slot, until the stream ends."""
+        engine = self._ready()
+        first = await anext(aiter(requests), None)
+        if first is None:
+            return
+        if first.WhichOneof("message") != "start":
+            raise ProtocolError("the first message must be start", field="message")
+        async with self._session(engine, first.start, "start.", context) as (session, started):
+            yield target_pb2.VerifyResponse(started=started)
+            rounds = accepted = 0
+            async for request in requests:
+                block = wire.read_block(request, self._limits(engine))
+                if session.finish_reason:
+                    raise ProtocolError("the turn has ended", field="block")
+                if not _continues(block, session):
+                    yield wire.stale(block, session)
+                    continue
+                base_length = session.length
+                verification = await engine.verify(session, block.token_ids)
+                commit = session.commit(verification.judgement.choices)
+                response = wire.verdict(block, base_length, verification, commit, engine.pool.in_use)
+                rounds += 1
+                accepted += response.verdict.accepted
+                annotate(rounds=rounds, accepted=accepted, output_tokens=session.length - session.prompt_length)
+                yield response
+
+    async def Generate(  # noqa: N802
+        self, request: target_pb2.GenerateRequest, context: _Context
+    ) -> AsyncIterator[target_pb2.GenerateResponse]:
+        """Plain decoding: the steps of a session whose blocks are empty."""
+        engine = self._ready()
+        async with self._session(engine, request, "", context) as (session, started):
+            yield target_pb2.GenerateResponse(started=started)
+            verification = await engine.verify(session, ())
+            while True:
+                commit = session.commit(verification.judgement.choices)
+                if session.finish_reason:
+                    annotate(output_tokens=session.length - session.prompt_length)
+                    yield target_pb2.GenerateResponse(committed=wire.committed_message(commit))
+                    return
+                # The next step runs while this token is on its way.
+                step = asyncio.ensure_future(engine.verify(session, ()))
+                try:
+                    yield target_pb2.GenerateResponse(committed=wire.committed_message(commit))
+                    verification = await step
+                finally:
+                    step.cancel()
+
+    async def Tokenize(  # noqa: N802
+        self, request: target_pb2.TokenizeRequest, context: _Context
+    ) -> target_pb2.TokenizeResponse:
+        """The ids of a prompt as Verify and Generate would take it."""
+        engine = self._ready()
+        ids = await asyncio.to_thread(
+            wire.read_prompt, request.prompt, engine.model.loaded.tokenizer, self._limits(engine), "prompt"
+        )
+        return target_pb2.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(  # noqa: N802
+        self, request: target_pb2.DetokenizeRequest, context: _Context
+    ) -> target_pb2.DetokenizeResponse:
+        """The text of token ids."""
+        engine = self._ready()
+        tokenizer = engine.model.loaded.tokenizer
+        if tokenizer is None:
+            raise UnsupportedError("this model has no tokenizer", field="token_ids")
+        check_token_ids(request.token_ids, engine.model.runner.vocabulary, "token_ids")
+        text = await asyncio.to_thread(
+            tokenizer.decode,
+            list(request.token_ids),
+            skip_special_tokens=not request.keep_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return target_pb2.DetokenizeResponse(text=text)
+
+    async def ExplainVerify(  # noqa: N802
+        self, request: target_pb2.ExplainVerifyRequest, context: _Context
+    ) -> target_pb2.ExplainVerifyResponse:
+        """Not available yet."""
+        raise UnsupportedError("not available", field="ExplainVerify")
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise UnavailableError("the model is not loaded yet", reason="NOT_READY")
+        return self._engine
+
+    def _limits(self, engine: Engine) -> wire.Limits:
+        fingerprint = engine.model.loaded.fingerprint
+        return wire.Limits(
+            vocabulary=fingerprint.vocabulary_size,
+            max_length=engine.max_length,
+            block=engine.width - 1,
+            eos_token_ids=frozenset(fingerprint.eos_token_ids),
+        )
+
+    @asynccontextmanager
+    async def _session(
+        self,
+        engine: Engine,
+        request: target_pb2.SessionStart | target_pb2.GenerateRequest,
+        prefix: str,
+        context: _Context,
+    ) -> AsyncIterator[tuple[Session, target_pb2.SessionStarted]]:
+        """Opens the session that a request describes; frees its slot whatever ends the call."""
+        limits = self._limits(engine)
+        tokenizer = engine.model.loaded.tokenizer
+        options = wire.read_turn(request, limits, text=tokenizer is not None, prefix=prefix)
+        prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, tokenizer, limits, f"{prefix}prompt")
+        committed_field = f"{prefix}committed_token_ids"
+        committed = wire.read_committed(request.committed_token_ids, len(prompt), limits, committed_field)
+        session = await engine.open(
+            prompt, committed, options, committed_field=committed_field, patience=context.time_remaining()
+        )
+        annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt))
+        try:
+            yield (
+                session,
+                target_pb2.SessionStarted(
+                    session_id=session.id,
+                    prompt_token_ids=prompt,
+                    cached_tokens=0,
+                    length=session.length,
+                    max_block_tokens=limits.block,
+                    max_length=limits.max_length,
+                ),
+            )
+        finally:
+            engine.close(session)
+
+
+def _continues(block: target_pb2.Block, session: Session) -> bool:
+    if block.base_length != session.length:
+        return False
+    return not block.HasField("last_token_id") or block.last_token_id == session.tokens[-1]

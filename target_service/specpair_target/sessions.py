@@ -1,0 +1,99 @@
+"""The state of a session: its tokens, and what ends its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specpair.errors import SpecpairError
+from specpair.v1.common_pb2 import FinishReason
+from specpair_runtime.sampling.params import GREEDY, SamplingParams
+from specpair_target.text import TextStream
+
+__all__ = ["Commit", "Session", "TurnOptions"]
+
+
+@dataclass(frozen=True)
+class TurnOptions:
+    """How one turn is sampled and what ends it. `max_new_tokens` None: when the cache is full."""
+
+    sampling: SamplingParams = GREEDY
+    max_new_tokens: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Tokens that became part of the output, and the text of each."""
+
+    token_ids: list[int]
+    texts: list[str]
+    finish_reason: FinishReason.ValueType
+    stop_string: str
+
+
+@dataclass
+class Session:
+    """One stream's state. The engine thread sets `kv_length` and `failure`; everything else belongs to the event loop.
+
+    `tokens` are all committed tokens. The KV of the first `kv_length` of them is in the slot; between two steps that
+    is all but the last one, whose logits the next step asks for.
+    """
+
+    id: str
+    tokens: list[int]
+    prompt_length: int
+    max_length: int
+    options: TurnOptions
+    text: TextStream | None
+    slot: int = -1
+    kv_length: int = 0
+    finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
+    closed: bool = False
+    failure: SpecpairError | None = None
+
+    @property
+    def length(self) -> int:
+        """Committed tokens, prompt included."""
+        return len(self.tokens)
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the slot holds the prompt's KV; the prompt's last token is fed by the first step."""
+        return self.kv_length >= self.prompt_length - 1
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the slot holds the KV of all tokens but the last one."""
+        return self.kv_length == len(self.tokens) - 1
+
+    def commit(self, token_ids: Sequence[int]) -> Commit:
+        """Appends tokens one by one until one of them ends the turn; what comes after it never happened."""
+        committed: list[int] = []
+        texts: list[str] = []
+        stop_string = ""
+        for token_id in token_ids:
+            self.tokens.append(token_id)
+            committed.append(token_id)
+            update = self.text.push(token_id) if self.text is not None else None
+            texts.append(update.released if update is not None else "")
+            stop_string = update.stop_string if update is not None else ""
+            self.finish_reason = self._finish_reason(token_id, stop_string)
+            if self.finish_reason:
+                break
+        if self.finish_reason and self.text is not None:
+            texts[-1] += self.text.flush()
+        return Commit(committed, texts, self.finish_reason, stop_string)
+
+    def _finish_reason(self, token_id: int, stop_string: str) -> FinishReason.ValueType:
+        if token_id in self.options.stop_token_ids:
+            return FinishReason.FINISH_REASON_STOP_TOKEN
+        if stop_string:
+            return FinishReason.FINISH_REASON_STOP_STRING
+        if self.length - self.prompt_length == self.options.max_new_tokens:
+            return FinishReason.FINISH_REASON_MAX_NEW_TOKENS
+        # The last token needs no position of its own: nothing attends to it any more.
+        if self.length > self.max_length:
+            return FinishReason.FINISH_REASON_CACHE_FULL
+        return FinishReason.FINISH_REASON_UNSPECIFIED

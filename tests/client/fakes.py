@@ -1,0 +1,283 @@
+"""In-memory services: a target that keeps the law of Verify over a small deterministic model, and drafts of all kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from specpair.errors import InvalidRequestError, UnavailableError
+from specpair.messages import (
+    Block,
+    Committed,
+    DraftAsk,
+    DraftStart,
+    DraftStarted,
+    Fingerprint,
+    ModelInfo,
+    Phase,
+    Proposal,
+    Start,
+    Started,
+    Verdict,
+)
+from specpair.params import SamplingParams
+from specpair.results import FinishReason, Source
+
+VOCABULARY = 50
+EOS = 0
+FINGERPRINT = Fingerprint(VOCABULARY, "aa", "bb", (EOS,))
+
+
+def next_token(token_ids: Sequence[int], seed: int = 0) -> int:
+    """The model: a token of the vocabulary that depends on the last two and falls into loops, as prompt lookup likes."""
+    last, before = token_ids[-1], token_ids[-2] if len(token_ids) > 1 else 1
+    return (7 * last + 3 * before + 5 + seed) % 29 + 1
+
+
+def continuation(token_ids: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """What the model says next, and next, and next."""
+    log = list(token_ids)
+    for _ in range(count):
+        log.append(next_token(log, seed))
+    return log[len(token_ids) :]
+
+
+def text_of(token_id: int) -> str:
+    return f"<{token_id}>"
+
+
+@dataclass
+class Target:
+    """A session at the target: the tokens so far, judged as the proto files say."""
+
+    log: list[int]
+    params: SamplingParams
+    max_length: int = 1024
+    generated: int = 0
+    held: str = ""
+
+    def judge(self, block: Block) -> Verdict:
+        length = len(self.log)
+        if block.base_length != length or block.last_token_id != self.log[-1]:
+            return Verdict(block.round, True, length, 0, Committed((), "", ()))
+        committed, accepted = [], 0
+        for proposed in (*block.token_ids, None):
+            choice = next_token(self.log, self.params.seed or 0)
+            committed.append(self.commit(choice))
+            accepted += choice == proposed
+            if committed[-1][2] or choice != proposed:
+                break
+        ids, texts, finishes = zip(*committed, strict=True)
+        return Verdict(
+            round=block.round,
+            stale=False,
+            base_length=length,
+            accepted=accepted,
+            committed=Committed(ids, "".join(texts), tuple(map(len, texts)), (), finishes[-1]),
+            queue_us=10,
+            forward_us=100,
+        )
+
+    def commit(self, token_id: int) -> tuple[int, str, FinishReason | None]:
+        self.log.append(token_id)
+        self.generated += 1
+        finish = None
+        if token_id == EOS or token_id in self.params.stop_token_ids:
+            finish = FinishReason.STOP_TOKEN
+        elif self.generated == self.params.max_new_tokens:
+            finish = FinishReason.MAX_NEW_TOKENS
+        elif len(self.log) >= self.max_length:
+            finish = FinishReason.CACHE_FULL
+        self.held += text_of(token_id)
+        if token_id % 5 == 0 and finish is None:  # as half a character would be
+            return token_id, "", finish
+        text, self.held = self.held, ""
+        return token_id, text, finish
+
+
+@dataclass
+class FakeStream:
+    """Both ends of a stream: answers come from a function of the request, after `delay` seconds."""
+
+    answer: Callable[[object], object]
+    answers: deque[object] = field(default_factory=deque)
+    delay: float = 0.0
+    cancelled: bool = False
+    finished: bool = False
+
+    async def send(self, message: object) -> None:
+        self.answers.append(self.answer(message))
+
+    async def receive(self) -> object:
+        await asyncio.sleep(self.delay)
+        while not self.answers:
+            await asyncio.sleep(3600)
+        answer = self.answers.popleft()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def finish(self) -> None:
+        self.finished = True
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@dataclass
+class FakeTarget:
+    """A target service. `falsify` may replace a verdict, `fails_after` rounds the stream breaks."""
+
+    fingerprint: Fingerprint | None = FINGERPRINT
+    phase: Phase = Phase.READY
+    width: int = 8
+    max_length: int = 1024
+    delay: float = 0.0
+    falsify: Callable[[Verdict], object] = lambda verdict: verdict
+    fails_after: int | None = None
+    failure: Exception | None = None
+    streams: list[FakeStream] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    infos: int = 0
+
+    async def info(self, within: float | None = None) -> ModelInfo:
+        self.infos += 1
+        if self.failure is not None:
+            raise self.failure
+        return ModelInfo("target", self.phase, fingerprint=self.fingerprint, verify_width=self.width)
+
+    def _open(self, start: Start) -> tuple[Target, Started]:
+        if self.failure is not None:
+            raise self.failure
+        prompt = [ord(c) % VOCABULARY for c in start.prompt] if isinstance(start.prompt, str) else list(start.prompt)
+        if not prompt:
+            raise InvalidRequestError("must not be empty", field="start.prompt")
+        started = Started("s1", tuple(prompt), 0, len(prompt), self.width - 1, self.max_length)
+        return Target(prompt, start.params, self.max_length), started
+
+    async def verify(self, start: Start, within: float | None = None) -> FakeStream:
+        target, started = self._open(start)
+
+        def judge(block: Block) -> object:
+            assert len(block.token_ids) < self.width
+            self.blocks.append(block)
+            if self.fails_after is not None and len(self.blocks) > self.fails_after:
+                return UnavailableError("the connection broke")
+            return self.falsify(target.judge(block))
+
+        self.streams.append(FakeStream(judge, deque([started]), self.delay))
+        return self.streams[-1]
+
+    async def generate(self, start: Start, within: float | None = None) -> FakeStream:
+        target, started = self._open(start)
+        answers: deque[object] = deque([started])
+        finish = None
+        while finish is None:
+            token_id, text, finish = target.commit(next_token(target.log, start.params.seed or 0))
+            answers.append(Committed((token_id,), text, (len(text),), (), finish))
+        self.streams.append(FakeStream(lambda _: None, answers, self.delay))
+        return self.streams[-1]
+
+    async def tokenize(self, prompt: object, within: float | None = None) -> tuple[int, ...]:
+        return tuple(ord(c) % VOCABULARY for c in prompt)
+
+    async def detokenize(self, token_ids: tuple[int, ...], keep: bool, within: float | None = None) -> str:
+        return "".join(map(text_of, token_ids))
+
+    async def healthy(self, within: float | None = None) -> bool:
+        return self.phase is Phase.READY
+
+    async def close(self) -> None:
+        pass
+
+
+def perfect(draft: FakeDraft, ask: DraftAsk) -> Proposal:
+    """Proposes what the target will say."""
+    ids = continuation(draft.log, ask.max_tokens, draft.seed)
+    return Proposal(ask.round, len(draft.log), tuple(ids), Source.MODEL, draft_us=50)
+
+
+def liar(draft: FakeDraft, ask: DraftAsk) -> Proposal:
+    """Says anything, sometimes the truth, sometimes ids that no vocabulary has, sometimes more than asked."""
+    rng = random.Random(f"{draft.seed} {ask.round}")
+    truth = continuation(draft.log, 20, draft.seed)
+    count = rng.randrange(0, 20)
+    ids = [rng.choice([truth[i], truth[i], rng.randrange(2 * VOCABULARY), 2**32 - 1]) for i in range(count)]
+    return Proposal(ask.round, len(draft.log), tuple(ids), Source.MODEL)
+
+
+def wrong_round(draft: FakeDraft, ask: DraftAsk) -> object:
+    """Answers a round that nobody asked for, from the third on."""
+    proposal = perfect(draft, ask)
+    return replace(proposal, round=ask.round + 1) if ask.round > 2 else proposal
+
+
+def wrong_base(draft: FakeDraft, ask: DraftAsk) -> object:
+    """Continues another text, from the third round on."""
+    proposal = perfect(draft, ask)
+    return replace(proposal, base_length=len(draft.log) - 1) if ask.round > 2 else proposal
+
+
+def starting_again(draft: FakeDraft, ask: DraftAsk) -> object:
+    """Starts in the middle."""
+    return DraftStarted(Source.MODEL, 0) if ask.round > 2 else perfect(draft, ask)
+
+
+def hanging(draft: FakeDraft, ask: DraftAsk) -> object:
+    """Never answers, from the third round on."""
+    return None if ask.round > 2 else perfect(draft, ask)
+
+
+def dying(draft: FakeDraft, ask: DraftAsk) -> object:
+    """Breaks in the third round."""
+    return UnavailableError("the connection broke") if ask.round > 2 else perfect(draft, ask)
+
+
+@dataclass
+class FakeDraft:
+    """A draft service that answers asks with one of the functions above, and checks that the asks make sense."""
+
+    behaviour: Callable[[FakeDraft, DraftAsk], object] = perfect
+    fingerprint: Fingerprint | None = FINGERPRINT
+    phase: Phase = Phase.READY
+    unreachable: Exception | None = None
+    refuses: Exception | None = None
+    delay: float = 0.0
+    seed: int = 0
+    log: list[int] = field(default_factory=list)
+    asks: list[DraftAsk] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+
+    async def info(self, within: float | None = None) -> ModelInfo:
+        if self.unreachable is not None:
+            raise self.unreachable
+        return ModelInfo("draft", self.phase, fingerprint=self.fingerprint)
+
+    async def propose(self, start: DraftStart, within: float | None = None) -> FakeStream:
+        if self.refuses is not None:
+            raise self.refuses
+        self.log = list(start.token_ids)
+        self.seed = start.params.seed or 0
+        stream = FakeStream(lambda ask: None, deque([DraftStarted(Source.MODEL, 0)]), self.delay)
+
+        async def send(ask: DraftAsk) -> None:
+            assert ask.from_position == len(self.log)
+            assert ask.max_tokens > 0
+            self.asks.append(ask)
+            self.log[ask.from_position :] = ask.token_ids
+            answer = self.behaviour(self, ask)
+            if answer is not None:
+                stream.answers.append(answer)
+
+        stream.send = send
+        self.streams.append(stream)
+        return stream
+
+    async def healthy(self, within: float | None = None) -> bool:
+        return self.unreachable is None
+
+    async def close(self) -> None:
+        pass
