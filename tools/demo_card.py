@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Sample = dict[str, str]
 
 
-class CardSettings(Protocol):
-    """The settings the card quotes."""
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card quotes besides the measurements."""
+
+    command: str
+    seed: int
+    machine: str
+    length: int
+    long_length: int
+    long_share: float
+    sample_minutes: float
+    held_out: tuple[str, ...]
+
+
+def machine_name() -> str:
+    """The GPU in use, or how many cores of which processor."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
 
 def _fenced(text: str) -> str:
     return f"```python\n{text}\n```\n"
 
 
-def samples_section(samples: Sequence[dict[str, str]]) -> str:
+def samples_section(samples: Sequence[Sample]) -> str:
     """The continuations as they came, prompt first."""
     parts = []
     for sample in samples:
@@ -52,7 +80,7 @@ def numbers_table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def acceptance_table(metrics: dict[str, Any]) -> str:
+def acceptance_table(metrics: dict[str, Any], block: int) -> str:
     """Acceptance on the demo prompts and on the held-out snippets."""
     rows = ["| | demo prompts | held-out snippets |", "|---|---:|---:|"]
     ours, theirs = metrics["acceptance_prompts"], metrics["acceptance_snippets"]
@@ -60,8 +88,8 @@ def acceptance_table(metrics: dict[str, Any]) -> str:
         ("prompts", "prompts", "{}"),
         ("greedy tokens", "greedy_tokens", "{:,}"),
         ("draft's greedy token is the target's", "greedy_agreement", "{:.1%}"),
-        ("accepted of proposed, blocks of 4, greedy", "block_accepted_share", "{:.1%}"),
-        ("tokens per round, blocks of 4, greedy", "block_tokens_per_round", "{:.2f}"),
+        (f"accepted of proposed, blocks of {block}, greedy", "block_accepted_share", "{:.1%}"),
+        (f"tokens per round, blocks of {block}, greedy", "block_tokens_per_round", "{:.2f}"),
         ("acceptance per token sampled at temperature 0.8", "sampled_acceptance_at_0.8", "{:.1%}"),
         ("repeated lines in greedy text", "greedy_repeated_lines", "{:.1%}"),
     ):
@@ -69,6 +97,87 @@ def acceptance_table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def model_card(config: CardSettings, kept: dict[str, Any], held_out: Sequence[str]) -> str:
-    """The whole card; `kept` has the stages' metrics, sources and shown text."""
-    return "\n".join([numbers_table(kept["metrics"]), acceptance_table(kept["metrics"])])
+def training_section(facts: CardFacts, target: dict[str, Any]) -> str:
+    """How both models were made."""
+    return f"""Made with `{facts.command}` (seed {facts.seed}) on {facts.machine}, which had other work to do at the
+same time; a quiet machine gets through more tokens in the same minutes. The command uses a GPU where there is one.
+
+- Tokenizer: byte-level BPE with GPT-2's pre-tokenizer, {target["vocabulary"]:,} entries, one special token
+  `<|endoftext|>` (id 0) that ends a document and pads a batch. Nothing is added to a text that is encoded.
+- Target: bf16 autocast, Muon for the matrices inside layers and AdamW for embeddings and norms, learning rates that
+  warm up, hold, and fall to zero with the clock. Windows of {facts.length} tokens, and of {facts.long_length} in the
+  last {facts.long_share:.0%} of the time. Positions go to {target["positions"]:,}, but beyond {facts.long_length} the
+  models are untrained.
+- Draft: distilled from the target. A third of its tokens are corpus windows, the rest text that the target wrote
+  itself after training prompts ({facts.sample_minutes:g} minutes of writing, two thirds of it greedy, one third at
+  temperature 0.8). The loss mixes the divergence from the target's distribution with the target's likeliest token.
+"""
+
+
+def data_section(facts: CardFacts, sources: dict[str, Any]) -> str:
+    """What the models read, and what they were kept from."""
+    modules = ", ".join(f"`{path}`" for path in facts.held_out)
+    refused = "; ".join(sources["refused"]) or "none"
+    return f"""Pure-Python files of the standard library and of installed packages whose metadata declares a permissive
+licence, checked by the script. Comments are removed, docstrings cut to their first line, duplicates, tests, generated
+files, vendored copies and files that are mostly data left out. The standard library stands twice in the stream.
+
+Held out whole: {modules}. No file of those names is read from anywhere, nor any file that copies a part of them.
+Relatives stay in (`asyncio/queues.py` is not `queue.py`, but resembles it).
+
+{sources_table(sources)}
+
+Named but refused for their licence or not installed: {refused}.
+"""
+
+
+def limits_section(metrics: dict[str, Any]) -> str:
+    """What not to expect."""
+    repeated = metrics["acceptance_snippets"]["greedy_repeated_lines"]
+    return f"""These models exist to show speculative decoding on a laptop, not to write code. The target writes text
+with the shape of Python: indentation, `self.` attributes, idioms of the standard library. It does not know what the
+code is for, invents names, and long greedy continuations fall into loops: {repeated:.0%} of the lines it wrote after
+held-out snippets repeat an earlier one. It has seen no comments and hardly any prose.
+"""
+
+
+def model_card(facts: CardFacts, metrics: dict[str, Any], sources: dict[str, Any], shown: Sequence[Sample]) -> str:
+    """The whole card."""
+    ratio = metrics["draft"]["ms_float32"] / metrics["target"]["ms_float32"]
+    weight = metrics["draft"]["parameters"] / metrics["target"]["parameters"]
+    block = metrics["acceptance_snippets"]["block"]
+    return f"""# Demo pair
+
+Two small Llama models of Python code and their tokenizer: `target/`, and `draft/`, distilled from it. Both load with
+`AutoModelForCausalLM.from_pretrained`; weights are bf16. `prompts.json` has prompts to show, `heldout.jsonl` short
+pieces for tests, all cut from modules that neither model saw.
+
+## Numbers
+
+{numbers_table(metrics)}
+
+The draft takes {ratio:.1%} of the target's time for a token in float32 and has {weight:.1%} of its parameters. Times
+are medians of one forward of one token after 128 cached ones with `transformers` on {facts.machine}. The loss is over
+{metrics["target"]["held_out_tokens"]:,} tokens of held-out modules in windows of {facts.length}.
+
+## Acceptance on held-out code
+
+{acceptance_table(metrics, block)}
+
+Agreement is counted at every position of the target's own continuation of up to {metrics["continued"]} tokens. A round
+of block {block} proposes {block} tokens and also yields one of the target's own.
+
+## Training
+
+{training_section(facts, metrics["target"])}
+## Data
+
+{data_section(facts, sources)}
+## Limits
+
+{limits_section(metrics)}
+## Samples
+
+As they came, {metrics["continued"]} tokens each, one draw at temperature 0.8.
+
+{samples_section(shown)}"""

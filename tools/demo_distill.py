@@ -23,9 +23,9 @@ class SampleConfig:
 
     minutes: float
     seed: int
-    rows: int = 64
-    length: int = 384
-    prompts: tuple[int, ...] = (64, 160)
+    length: int
+    rows: int = 96
+    prompts: tuple[int, ...] = (48, 128)
     temperatures: tuple[Temperature, ...] = (0.0, 0.0, 0.8)
 
 
@@ -44,8 +44,7 @@ def write_on(
     cache = DynamicCache(config=model.config)
     step, written = prompts, [prompts]
     for _ in range(count):
-        with torch.autocast(prompts.device.type, torch.bfloat16):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         step = choose(output.logits[:, -1].float(), temperature, generator)
         written.append(step)
     return torch.cat(written, dim=1)
@@ -76,23 +75,37 @@ def distillation_loss(draft: Tensor, target: Tensor, hard_share: float) -> Tenso
     return (1.0 - hard_share) * soft + hard_share * hard
 
 
-def fit_draft(
-    run: Run, target: LlamaForCausalLM, stream: TokenIds, samples: TokenIds, hard_share: float,
-    report: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Fits the draft to the target on the target's own writing and, for a third of each step, on the corpus."""
-    device = run.model.device
+@dataclass(frozen=True)
+class Lesson:
+    """What the draft learns from: the target, corpus stream, the target's own rows [n, length], and the loss's mix."""
+
+    target: LlamaForCausalLM
+    stream: TokenIds
+    samples: TokenIds
+    hard_share: float
+    compiled: bool
+
+
+def fit_draft(run: Run, lesson: Lesson, report: Callable[[str], None]) -> None:
+    """Fits the draft on the target's own writing and, for a third of each step's tokens, on longer corpus windows."""
+    schedule, device = run.schedule, run.model.device
+    loss_of = torch.compile(distillation_loss, dynamic=False) if lesson.compiled else distillation_loss
+
+    def loss_on(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = logits_of(lesson.target, ids).flatten(0, 1)
+        loss: Tensor = loss_of(logits_of(run.model, ids).flatten(0, 1), wanted, lesson.hard_share)
+        return loss
 
     def batch_loss(step: int, length: int) -> Tensor:
-        rows = run.schedule.tokens_per_step // length
-        corpus = random_windows(stream, run.schedule.seed, step, rows // 3, length)[:, :length]
-        picked = np.random.default_rng((run.schedule.seed, step, 1)).integers(0, len(samples), rows - rows // 3)
-        own = torch.from_numpy(samples[picked, :length].astype(np.int64))
-        ids = torch.cat([corpus, own]).to(device)
-        with torch.no_grad():
-            wanted = logits_of(target, ids).flatten(0, 1)
-        loss = distillation_loss(logits_of(run.model, ids).flatten(0, 1), wanted, hard_share)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        rows = schedule.tokens_per_step // length
+        count = rows * length // (3 * schedule.long_length)
+        corpus = random_windows(lesson.stream, schedule.seed, step, count, schedule.long_length)[:, 1:]
+        generator = np.random.default_rng((schedule.seed, step, 1))
+        picked = generator.integers(0, len(lesson.samples), rows - rows // 3)
+        own = torch.from_numpy(lesson.samples[picked, :length].astype(np.int64))
+        total = loss_on(corpus.to(device)) / 3 + loss_on(own.to(device)) * 2 / 3
+        total.backward()  # type: ignore[no-untyped-call]
+        return total.detach()
 
     run.fit(batch_loss, report)

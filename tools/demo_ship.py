@@ -51,7 +51,8 @@ def name_tokenizer_class(directory: Path) -> None:
     """Names the fast tokenizer by the class that every transformers release knows."""
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    settings.pop("backend", None)
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, settings)
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo_card import model_card
+from demo_card import CardFacts, machine_name, model_card
 from demo_corpus import Corpus, CorpusConfig, Document, build_corpus
-from demo_distill import SampleConfig, fit_draft, write_samples
+from demo_distill import Lesson, SampleConfig, fit_draft, write_samples
 from demo_evaluate import acceptance, continue_path, cut_prompts, cut_snippets, held_out_loss, milliseconds_per_token
 from demo_ship import PROMPTS, export_model, write_json, write_text
 from demo_training import (
@@ -36,7 +36,7 @@ from demo_training import (
 )
 
 TARGET = ModelShape(layers=12, hidden=256, heads=4, kv_heads=2, intermediate=640)
-DRAFT = ModelShape(layers=1, hidden=128, heads=2, kv_heads=1, intermediate=384)
+DRAFT = ModelShape(layers=2, hidden=128, heads=2, kv_heads=1, intermediate=320)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config:
     adam_lr: float = field(default=0.004, metadata={"help": "peak learning rate of embeddings and norms"})
     weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices inside layers"})
     sample_minutes: float = field(default=4.0, metadata={"help": "time the target writes text for the draft"})
-    sample_length: int = field(default=384, metadata={"help": "tokens in a row of that text"})
+    sample_length: int = field(default=256, metadata={"help": "tokens in a row of that text"})
     draft_minutes: float = field(default=14.0, metadata={"help": "time to distil the draft"})
     draft_rows: int = field(default=24, metadata={"help": "rows of one draft step"})
     draft_adam_lr: float = field(
@@ -141,7 +141,7 @@ def draft_schedule_of(config: Config) -> Schedule:
         minutes=config.draft_minutes,
         tokens_per_step=config.draft_rows * length,
         length=length,
-        long_length=length,
+        long_share=0.0,
         adam_lr=config.draft_adam_lr,
         flat_share=0.1,
     )
@@ -169,7 +169,7 @@ def load_trained(config: Config, name: str) -> tuple[LlamaForCausalLM, dict[str,
 
 def stage_samples(config: Config) -> None:
     """Has the target go on from training text, for the draft to learn from."""
-    target = load_trained(config, "target")[0].to(pick_device())
+    target = load_trained(config, "target")[0].to(pick_device(), torch.bfloat16)
     settings = SampleConfig(minutes=config.sample_minutes, seed=config.seed, length=config.sample_length)
     samples = write_samples(target, load_stream(config), settings)
     np.save(config.work / "samples.npy", samples)
@@ -188,7 +188,7 @@ def stage_draft(config: Config) -> None:
     run = Run(draft, draft_schedule_of(config), config.work / "draft.pt")
     report(f"draft: {sum(p.numel() for p in draft.parameters())} parameters, from step {run.progress.step}")
     samples: TokenIds = np.load(config.work / "samples.npy")
-    fit_draft(run, target, load_stream(config), samples, config.hard_share, report)
+    fit_draft(run, Lesson(target, load_stream(config), samples, config.hard_share, config.compiled), report)
 
 
 def load_held_out(config: Config) -> list[Document]:
@@ -215,6 +215,8 @@ def describe(config: Config, name: str, shape: ModelShape) -> dict[str, Any]:
     place = config.output / name
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": model.config.vocab_size,
+        "positions": model.config.max_position_embeddings,
         "shape": f"{shape.layers} × {shape.hidden}",
         "steps": progress["step"],
         "tokens": progress["tokens"],
@@ -246,6 +248,7 @@ def stage_evaluate(config: Config) -> None:
     metrics = {
         "target": describe(config, "target", TARGET),
         "draft": describe(config, "draft", DRAFT),
+        "continued": config.continued,
         "acceptance_prompts": acceptance(target, draft, tokenizer, prompts, config.continued, config.block),
         "acceptance_snippets": acceptance(target, draft, tokenizer, snippets, config.continued, config.block),
     }
@@ -254,11 +257,30 @@ def stage_evaluate(config: Config) -> None:
     report(json.dumps(metrics, indent=2))
 
 
+def command_of(config: Config) -> str:
+    """The one command that makes this pair, with the settings that are not defaults."""
+    told = [
+        f"--{one.name.replace('_', '-')} {getattr(config, one.name)}"
+        for one in fields(Config)
+        if getattr(config, one.name) != one.default and one.name not in ("work", "output", "compiled")
+    ]
+    return " ".join(["python tools/train_demo_pair.py all", *told])
+
+
 def stage_card(config: Config) -> None:
     """Writes the model card from the numbers measured."""
     kept = {name: json.loads((config.work / f"{name}.json").read_text()) for name in ("metrics", "sources", "shown")}
-    held_out = [document.path for document in load_held_out(config)]
-    write_text(config.output / "README.md", model_card(config, kept, held_out))
+    facts = CardFacts(
+        command=command_of(config),
+        seed=config.seed,
+        machine=machine_name(),
+        length=config.length,
+        long_length=config.long_length,
+        long_share=config.long_share,
+        sample_minutes=config.sample_minutes,
+        held_out=tuple(document.path for document in load_held_out(config)),
+    )
+    write_text(config.output / "README.md", model_card(facts, kept["metrics"], kept["sources"], kept["shown"]))
 
 
 STAGES = {

@@ -196,14 +196,16 @@ class SpeculativeClient:
 
 def _parse(draft: str) -> tuple[Literal["model", "auto", "ngram", "none"], str]:
     """What kind of draft is meant, and the address of its service if it has one."""
-    if draft == "ngram" or draft == "none":
-        return draft, ""
-    if draft == "auto":
-        return "auto", DEFAULT_DRAFT
-    kind: Literal["model", "auto"] = "auto" if draft.startswith("auto:") else "model"
-    if not (address := draft.removeprefix("auto:")):
-        raise InvalidRequestError("must be HOST:PORT, auto, auto:HOST:PORT, ngram or none", field="draft")
-    return kind, address
+    match draft:
+        case "none":
+            return "none", ""
+        case "ngram":
+            return "ngram", ""
+        case "auto":
+            return "auto", DEFAULT_DRAFT
+        case "" | "auto:":
+            raise InvalidRequestError("must be HOST:PORT, auto, auto:HOST:PORT, ngram or none", field="draft")
+    return "auto" if draft.startswith("auto:") else "model", draft.removeprefix("auto:")
 
 
 async def _healthy(service: TargetTransport | DraftTransport, within: float) -> bool:

@@ -134,7 +134,7 @@ class Scheduler:
                 elif session.failure is not None:
                     _answer(work, session.failure)
                 elif session.prefilled:
-                    ready.setdefault(self._runner.bucket(session.kv_length, self._verifier.width), []).append(work)
+                    ready.setdefault(self._runner.bucket(session.kv_length), []).append(work)
                 else:
                     waiting.append(work)
             self._work = waiting
@@ -146,7 +146,7 @@ class Scheduler:
         slots = self._runner.slot_range([work.session.slot for work in group])
         rows = [Row(self._runner.parking, [0]) for _ in slots]
         for work in group:
-            rows[work.session.slot - slots.start] = self._row(work)
+            rows[work.session.slot - slots.start] = self._row(work, length)
         try:
             judgements = self._verifier.verify(slots.start, rows, length)
         except Exception as error:
@@ -157,15 +157,25 @@ class Scheduler:
         for work in group:
             judgement = judgements[work.session.slot - slots.start]
             queue_us = (began - work.queued_ns) // 1000
-            self._conclude(work, Verification(judgement, queue_us, len(group)))
+            self._conclude(work, length, Verification(judgement, queue_us, len(group)))
 
-    def _row(self, work: _Work) -> Row:
+    def _row(self, work: _Work, length: int) -> Row:
+        """The session's next tokens: proposals to judge, or committed ones to replay.
+
+        Nothing is judged at or behind position `length`, which belongs to the next bucket: every position is judged
+        with the attended length of its own bucket, whichever block it comes in. A proposal across that border loses
+        its tail.
+        """
         session = work.session
         if session.caught_up:
-            return Row(session.kv_length, [session.tokens[-1], *work.proposal], session.options.sampling)
-        return Row(session.kv_length, session.tokens[session.kv_length : session.kv_length + self._verifier.width])
+            token_ids = [session.tokens[-1], *work.proposal]
+            return Row(session.kv_length, token_ids[: length - session.kv_length], session.options.sampling)
+        return Row(session.kv_length, session.tokens[session.kv_length : self._replay_end(session, length)])
 
-    def _conclude(self, work: _Work, verification: Verification) -> None:
+    def _replay_end(self, session: Session, length: int) -> int:
+        return min(session.kv_length + self._verifier.width, len(session.tokens) - 1, length)
+
+    def _conclude(self, work: _Work, length: int, verification: Verification) -> None:
         session, judgement = work.session, verification.judgement
         if not judgement.finite:
             _answer(work, InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS"))
@@ -174,7 +184,7 @@ class Scheduler:
             session.kv_length += judgement.accepted + 1
             _answer(work, verification)
         else:
-            session.kv_length = min(session.kv_length + self._verifier.width, len(session.tokens) - 1)
+            session.kv_length = self._replay_end(session, length)
             with self._wake:
                 self._work.append(work)
 

@@ -34,7 +34,7 @@ FINGERPRINT = Fingerprint(VOCABULARY, "aa", "bb", (EOS,))
 def next_token(token_ids: Sequence[int], seed: int = 0) -> int:
     """The model: a token of the vocabulary that depends on the last two and falls into loops, as prompt lookup likes."""
     last, before = token_ids[-1], token_ids[-2] if len(token_ids) > 1 else 1
-    return (7 * last + 3 * before + 5 + seed) % 29 + 1
+    return (last * last + 3 * before + seed) % 7 + 1
 
 
 def continuation(token_ids: Sequence[int], count: int, seed: int = 0) -> list[int]:

@@ -109,7 +109,9 @@ def _quantization(options: LoadOptions) -> BitsAndBytesConfig | None:
     if options.quantization == "none":
         return None
     if options.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Without outlier decomposition: that picks its columns from all rows of a step together, so a token's logits
+        # would depend on which proposals share its block (docs/determinism.md).
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quantization,

@@ -4,8 +4,8 @@ One call covers a contiguous range of slots with the same number of rows each. T
 attended lengths come in buckets, so that a compiled model needs one graph for each pair of them.
 
 The attended length is part of a result's bits: the same row over 256 and over 512 positions, 256 of them masked, may
-differ in the last place. So a caller batches only sessions of one `bucket`, and a session's bits depend on its own
-length alone. The batch size was measured not to matter (docs/determinism.md).
+differ in the last place. So whoever needs the same bits again lets a row's own position decide its `bucket`, and
+batches only what shares it. The number of sessions in a batch was measured not to matter (docs/determinism.md).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class ModelRunner:
             size *= 2
         return [*sizes, self._cache.positions]
 
-    def bucket(self, start: int, rows: int) -> int:
-        """The attended length of a step of `rows` rows from position `start` on."""
+    def bucket(self, start: int, rows: int = 1) -> int:
+        """The least attended length in which `rows` rows from position `start` on see all that is before them."""
         return next(length for length in self.length_buckets() if length >= start + rows)
 
     def slot_range(self, slots: Sequence[int]) -> range:

@@ -1,0 +1,46 @@
+# What people do with this project. Each verb prepares what it needs.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell command -v $(name))))
+BIN := .venv/bin
+
+# Two processes on the same cores: OpenMP's waiting threads must not spin.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check protos
+
+help:  ## Show this.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  PYTHON=... picks the interpreter; pip and npm follow their own configuration and environment.'
+
+venv: .venv/.installed  ## Create .venv with everything installed.
+
+demo: .venv/.installed  ## Watch a draft and a target service generate text together.
+	$(BIN)/specpair demo
+
+test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
+	@if ! command -v npm > /dev/null; then echo 'npm is missing: the test of the protos with buf is skipped'; \
+	elif ! $(MAKE) --silent node_modules/.installed; then echo 'npm failed: the test of the protos with buf is skipped'; fi
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed node_modules/.installed  ## Run linters and type checkers.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	node_modules/.bin/buf lint protos
+
+protos: .venv/.installed  ## Generate the gRPC stubs from protos/.
+	$(BIN)/python tools/generate_stubs.py
+
+# The stamps are written last, so that an installation that broke off is done again.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'error: no python3 found' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed")'
+	'$(PYTHON)' -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,target,draft,dev]'
+	@touch $@
+
+# Not `npm ci`, which refuses a lock that, like this one, names the packages of some platforms only.
+node_modules/.installed: package.json package-lock.json
+	npm install --no-save --no-audit --no-fund
+	@touch $@

@@ -1,0 +1,179 @@
+"""What a verify step costs by its width, and what it says bit by bit: `python bench/step_cost.py MODEL`.
+
+Two questions decide the default of `--verify-width` and the promise of identical output:
+
+* cost: milliseconds of one step at several widths, batches and weight formats, all measured in turns in one run;
+* bits: whether the logits of a row depend on where in the block it stands, on how many sessions share the step, on the
+  attended length, and on the width.
+
+Prints a table and writes JSON to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from specpair_runtime.models.loading import DtypeName, LoadOptions, QuantizationName, load_model
+from specpair_runtime.models.runner import ModelRunner
+
+_FORMATS: dict[str, tuple[DtypeName, QuantizationName]] = {
+    "fp32": ("fp32", "none"),
+    "bf16": ("bf16", "none"),
+    "int8": ("bf16", "int8"),
+    "nf4": ("bf16", "nf4"),
+}
+_CONTEXT = 200
+_SLOTS = 8
+_SCRATCH = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured; defaults are those of the published figures."""
+
+    model: str
+    formats: tuple[str, ...] = tuple(_FORMATS)
+    widths: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    width: int = 8
+    repeats: int = 15
+    threads: int = 1
+
+
+def _runner(options: Options, name: str) -> ModelRunner:
+    dtype, quantization = _FORMATS[name]
+    loaded = load_model(LoadOptions(model=options.model, dtype=dtype, quantization=quantization, device="cpu"))
+    return ModelRunner(
+        loaded.model,
+        slots=_SLOTS,
+        max_length=1024,
+        scratch=_SCRATCH,
+        vocabulary=loaded.fingerprint.vocabulary_size,
+        compile_=False,
+    )
+
+
+def _text(runner: ModelRunner) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, runner.vocabulary, (_CONTEXT + _SCRATCH,), generator=generator).tolist()
+
+
+def _prefill(runner: ModelRunner, slots: int) -> None:
+    for slot in range(slots):
+        runner.prefill(slot, _text(runner)[:_CONTEXT], 0)
+
+
+def _step(runner: ModelRunner, batch: int, width: int, start: int = _CONTEXT, length: int = 256) -> torch.Tensor:
+    """Logits of [width, vocabulary] of the first of `batch` sessions that are all at the same place."""
+    rows = torch.tensor([_text(runner)[start : start + width]] * batch)
+    return runner.logits(0, rows, torch.full((batch,), start), length)[0]
+
+
+def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[dict[str, object]]:
+    """Median milliseconds of a step; shapes and formats take turns, so that noise meets all of them."""
+    shapes = [(1, width) for width in options.widths] + [(batch, options.width) for batch in options.batches[1:]]
+    times: dict[tuple[str, int, int], list[float]] = {}
+    for runner in runners.values():
+        _prefill(runner, _SLOTS)
+    for _ in range(options.repeats):
+        for name, runner in runners.items():
+            for batch, width in shapes:
+                began = time.perf_counter()
+                _step(runner, batch, width)
+                times.setdefault((name, batch, width), []).append((time.perf_counter() - began) * 1e3)
+    for (name, batch, width), spent in times.items():
+        plain = statistics.median(times[name, 1, 1])
+        median = statistics.median(spent)
+        yield {
+            "format": name,
+            "sessions": batch,
+            "width": width,
+            "milliseconds": round(median, 3),
+            "spread": round(statistics.quantiles(spent, n=4)[2] - statistics.quantiles(spent, n=4)[0], 3),
+            "ratio_to_one_row": round(median / plain, 3),
+        }
+
+
+def compare_bits(name: str, runner: ModelRunner, options: Options) -> dict[str, object]:
+    """How many rows differ in any bit from the same rows of one session's step, by what was changed."""
+    width = options.width
+    _prefill(runner, _SLOTS)
+    reference = _step(runner, 1, width).clone()
+    alignment = 0
+    for shift in range(1, width):
+        _prefill(runner, 1)
+        moved = _step(runner, 1, width, _CONTEXT - shift)[shift:]
+        alignment += _rows_that_differ(moved, reference[: width - shift])
+    _prefill(runner, _SLOTS)
+    batch = {str(size): _rows_that_differ(_step(runner, size, width), reference) for size in options.batches[1:]}
+    length = {str(size): _rows_that_differ(_step(runner, 1, width, length=size), reference) for size in (512, 1024)}
+    one_row = _rows_that_differ(_step(runner, 1, 1), reference[:1])
+    return {
+        "format": name,
+        "width": width,
+        "rows_by_alignment": [alignment, width * (width - 1) // 2],
+        "rows_by_sessions": batch,
+        "rows_by_attended_length": length,
+        "first_row_differs_from_width_1": bool(one_row),
+    }
+
+
+def _rows_that_differ(left: torch.Tensor, right: torch.Tensor) -> int:
+    return int((left != right).any(dim=-1).sum())
+
+
+def _parse() -> tuple[Options, Path]:
+    defaults = Options(model="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("--formats", nargs="+", choices=list(_FORMATS), default=defaults.formats)
+    parser.add_argument("--width", type=int, default=defaults.width, help="width whose bits are compared")
+    parser.add_argument("--repeats", type=int, default=defaults.repeats)
+    parser.add_argument("--threads", type=int, default=defaults.threads)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/step_cost.json"))
+    given = parser.parse_args()
+    options = Options(
+        model=given.model,
+        formats=tuple(given.formats),
+        width=given.width,
+        repeats=given.repeats,
+        threads=given.threads,
+    )
+    return options, given.output
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    options, output = _parse()
+    torch.set_num_threads(options.threads)
+    runners = {name: _runner(options, name) for name in options.formats}
+    costs = list(measure_cost(runners, options))
+    bits = [compare_bits(name, runner, options) for name, runner in runners.items()]
+    for cost in costs:
+        print("{format:5} {sessions} x {width:2} rows {milliseconds:8.2f} ms  x{ratio_to_one_row:.2f}".format(**cost))
+    for row in bits:
+        print(row)
+    result = {
+        "command": ["python", *sys.argv],
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "torch": torch.__version__,
+        "options": asdict(options),
+        "cost": costs,
+        "bits": bits,
+    }
+    output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The commands of `specpair`: arguments in, client calls, output."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import specpair
+from specpair import demo as demonstration
+from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, SpeculativeClient
+from specpair.errors import InvalidRequestError, SpecpairError
+from specpair.grpc_transports import GrpcTarget
+from specpair.messages import ModelInfo
+from specpair.params import SamplingParams
+from specpair.rendering import StreamPrinter, info_table, result_object, stderr, stdout, summary
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Speculative decoding with a draft and a target service. Exit codes: 0 done, 1 failed, 2 wrong usage or "
+    "request, 3 service unreachable or full, 4 out of time.",
+)
+
+_Target = Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the target service.")]
+_Draft = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT|ngram|none|auto[:HOST:PORT]",
+        help="Who proposes: a draft service, prompt lookup, nobody, or a draft service if its vocabulary fits.",
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    if version:
+        print(specpair.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Take the text from a file; - is standard input.")
+    ] = None,
+    target: _Target = DEFAULT_TARGET,
+    draft: _Draft = DEFAULT_DRAFT,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0, the default, is greedy.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default=False)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of the sequence.")] = False,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Tokens to propose per round; default: what is fastest.", show_default=False)
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to take at most.", show_default=False)] = None,
+    as_json: _Json = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids in place of text.")] = False,
+) -> None:
+    """Continue a text: streamed, on a terminal coloured by who proposed each token."""
+    text = _prompt(prompt, prompt_file)
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+
+    async def run() -> None:
+        async with (
+            SpeculativeClient(target, draft, draft_length=draft_length) as client,
+            client.stream(text, params, timeout=timeout) as stream,
+        ):
+            printer = StreamPrinter(stdout, ids=ids)
+            async for chunk in stream:
+                if not as_json:
+                    printer.show(chunk)
+        if as_json:
+            print(json.dumps(result_object(stream.result)))
+            return
+        printer.end()
+        if stdout.is_terminal:
+            stderr.print(summary(stream.result.stats), style="dim")
+
+    asyncio.run(run())
+
+
+@app.command()
+def info(target: _Target = DEFAULT_TARGET, draft: _Draft = DEFAULT_DRAFT, as_json: _Json = False) -> None:
+    """Show what both services run."""
+
+    async def ask() -> tuple[ModelInfo, ModelInfo | None]:
+        async with SpeculativeClient(target, draft) as client:
+            return await client.info()
+
+    ours, theirs = asyncio.run(ask())
+    if as_json:
+        print(json.dumps({"target": asdict(ours), "draft": asdict(theirs) if theirs else None}))
+    else:
+        stdout.print(info_table(ours, theirs))
+
+
+@app.command()
+def health(
+    target: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask this target service.")] = None,
+    draft: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask this draft service.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+) -> None:
+    """Exit with 0 if the services serve, with 1 if one does not; without options both default addresses are asked."""
+    asked = {"target": target, "draft": draft}
+    if target is None and draft is None:
+        asked = {"target": DEFAULT_TARGET, "draft": DEFAULT_DRAFT}
+
+    async def check(address: str) -> bool:
+        service = GrpcTarget(address)  # every service answers grpc.health.v1
+        try:
+            return await service.healthy(timeout)
+        except SpecpairError:
+            return False
+        finally:
+            await service.close()
+
+    healthy = True
+    for name, address in asked.items():
+        if address is not None:
+            serving = asyncio.run(check(address))
+            print(f"{name} {address}: {'serving' if serving else 'not serving'}")
+            healthy = healthy and serving
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def demo(
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Directory with target/, draft/ and prompts.json.", show_default="models/demo"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per generation.")] = 96,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed generations per prompt and side.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to time.")] = 5,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="the service's")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads per service.", show_default="half of the cores")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Start a draft and a target service, watch them work together, and compare with the target alone."""
+    demonstration.run(
+        demonstration.Options(
+            models=models,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            prompts=prompts,
+            dtype=dtype,
+            threads=threads,
+            as_json=as_json,
+        )
+    )
+
+
+def _prompt(argument: str | None, file: str | None) -> str:
+    if (argument is None) == (file is None):
+        raise InvalidRequestError("give either a PROMPT or --prompt-file", field="prompt")
+    if argument is not None:
+        return argument
+    try:
+        return sys.stdin.buffer.read().decode() if file == "-" else Path(str(file)).read_bytes().decode()
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {file}: {error.strerror}", field="prompt_file") from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError(f"{file} is not UTF-8 text", field="prompt_file") from None

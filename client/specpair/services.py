@@ -1,0 +1,107 @@
+"""Both services as child processes, for the demonstration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from specpair.errors import ModelLoadError, SpecpairError
+from specpair.grpc_transports import GrpcDraft, GrpcTarget
+
+__all__ = ["Service", "started"]
+
+# Seconds that a service has to stop after SIGTERM before it is killed.
+_GRACE = 5.0
+
+
+class Service:
+    """A service process on a free loopback port."""
+
+    def __init__(self, name: str, probe: type[GrpcTarget | GrpcDraft], flags: Sequence[str], log: IO[bytes]) -> None:
+        self.name = name
+        self._probe = probe
+        self.address = f"127.0.0.1:{_free_port()}"
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"specpair_{name}", "--listen", self.address, *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Waiting OpenMP threads must not spin: the two services share the cores.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+        )
+
+    async def wait(self, progress: Callable[[str], None]) -> None:
+        """Waits until the service serves; calls `progress` with a line on its phase.
+
+        Raises ModelLoadError with the service's own last words if it ends instead.
+        """
+        probe = self._probe(self.address)
+        try:
+            while not await self._serves(probe, progress):
+                if self._process.poll() is not None:
+                    raise ModelLoadError(f"the {self.name} ended with code {self._process.returncode}: {self._words()}")
+                await asyncio.sleep(0.1)
+        finally:
+            await probe.close()
+
+    async def _serves(self, probe: GrpcTarget | GrpcDraft, progress: Callable[[str], None]) -> bool:
+        try:
+            if await probe.healthy(2.0):
+                return True
+            info = await probe.info(2.0)
+        except SpecpairError:
+            progress(f"{self.name}: starting")
+        else:
+            progress(f"{self.name}: {info.phase} {info.progress:.0%} {info.detail}")
+        return False
+
+    def terminate(self) -> None:
+        """Asks the process to stop."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def reap(self) -> None:
+        """Waits for the process, and kills it when it does not stop in time."""
+        try:
+            self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _words(self) -> str:
+        """What the service said last."""
+        with Path(self._log.name).open("rb") as log:
+            log.seek(max(log.seek(0, os.SEEK_END) - 4096, 0))
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+
+@contextlib.contextmanager
+def started(target: Sequence[str], draft: Sequence[str]) -> Iterator[tuple[Service, Service]]:
+    """A target and a draft with the given flags; both have ended when the block has, however it ends."""
+    services: list[Service] = []
+    with contextlib.ExitStack() as logs:
+        try:
+            for name, probe, flags in (("target", GrpcTarget, target), ("draft", GrpcDraft, draft)):
+                log = logs.enter_context(tempfile.NamedTemporaryFile(prefix=f"specpair-{name}-", suffix=".log"))
+                services.append(Service(name, probe, flags, log))
+            yield services[0], services[1]
+        finally:
+            for service in services:
+                service.terminate()
+            for service in services:
+                service.reap()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -1,0 +1,162 @@
+"""The services as processes of their own, on free loopback ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+
+# Bounds that stand for "does not hang", in seconds.
+_START = 180
+_STOP = 30
+_CALL = 30
+
+
+def environment(**extra):
+    """The environment for a process under test: nothing of ours configures it, and nothing is fetched."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SPECPAIR_")}
+    return {**inherited, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def wait_for(condition, within, what):
+    """Waits until `condition()` is true and returns its value; fails after `within` seconds."""
+    deadline = time.monotonic() + within
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def leftovers(group):
+    """Whether any process of a process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Service:
+    """One service process. It starts at once; whatever needs its address waits until it is healthy."""
+
+    def __init__(self, module, log, *flags, listen=True, env=None):
+        self.module = module
+        self.log = Path(log)
+        command = [sys.executable, "-m", module, "--log-format=json", *flags]
+        if listen:
+            command += ["--listen=127.0.0.1:0", "--threads=1"]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(**(env or {})),
+                start_new_session=True,
+            )
+        self._address = None
+        self._channel = None
+
+    @property
+    def address(self):
+        """HOST:PORT of the healthy service."""
+        if self._address is None:
+            address = wait_for(self._listening, _START, f"{self.module} listening")
+            self._channel = grpc.insecure_channel(address)
+            wait_for(self._healthy, _START, f"{self.module} healthy")
+            self._address = address
+        return self._address
+
+    @property
+    def channel(self):
+        """A blocking channel."""
+        return self.address and self._channel
+
+    @property
+    def alive(self):
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    @property
+    def text(self):
+        """Everything that the process wrote."""
+        return self.log.read_text(errors="replace")
+
+    def entries(self):
+        """Log lines so far."""
+        for line in self.text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+    def info(self):
+        """ModelInfo, now."""
+        if self.module == "specpair_target":
+            stub = target_pb2_grpc.TargetServiceStub(self.channel)
+            return stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=_CALL).info
+        stub = draft_pb2_grpc.DraftServiceStub(self.channel)
+        return stub.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest(), timeout=_CALL).info
+
+    def wait_until_free(self, within=2.0):
+        """Waits until no slot is in use."""
+        wait_for(lambda: self.info().slots_in_use == 0, within, f"every slot of {self.module} free")
+
+    def send(self, number):
+        """Sends a signal to the process."""
+        self.process.send_signal(number)
+
+    def wait(self, within=_STOP):
+        """Exit status of a process that is about to end."""
+        return self.process.wait(within)
+
+    def stop(self):
+        """Ends the process as an operator would, and makes sure that nothing is left of it. Returns its exit status."""
+        if self._channel is not None:
+            self._channel.close()
+        try:
+            if self.alive:
+                self.send(signal.SIGCONT)
+                self.send(signal.SIGTERM)
+            return self.wait()
+        finally:
+            if self.alive:
+                self.process.kill()
+                self.process.wait()
+            assert not leftovers(self.process.pid), f"{self.module} left processes behind"
+
+    def _listening(self):
+        self._check()
+        return next((entry["address"] for entry in self.entries() if entry["event"] == "listening"), None)
+
+    def _healthy(self):
+        self._check()
+        try:
+            answer = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(), timeout=_CALL)
+        except grpc.RpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def _check(self):
+        assert self.alive, f"{self.module} ended with status {self.process.returncode}:\n{self.text}"
+
+
+def run(work, within=180):
+    """Runs a coroutine to its end; `within` seconds stand for "does not hang"."""
+
+    async def bounded():
+        async with asyncio.timeout(within):
+            return await work
+
+    return asyncio.run(bounded())
