@@ -23,7 +23,7 @@ MOST_LINES = 420
 # What the client may import besides the standard library; the command line has rich and typer on top.
 CLIENT_NEEDS = {"specpair", "grpc", "grpc_status", "google"}
 CLI_NEEDS = {"rich", "typer"}
-CLI = {"cli.py", "commands.py", "rendering.py"}
+CLI = {"cli.py", "commands.py", "demo.py", "rendering.py"}
 # What everything but the client may import from the client's package.
 SHARED = {"specpair.v1", "specpair.errors", "specpair.ngram"}
 # Modules that speak in protobuf messages. Everything else speaks in types of its own.

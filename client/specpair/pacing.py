@@ -56,9 +56,9 @@ class GoodputPacer:
     """The draft length with the highest measured goodput.
 
     `memory` is the number of rounds after which an observation has lost two thirds of its weight. Every
-    `explore_every` rounds a neighbour of the best length is tried, so that its cost and its acceptance stay known.
-    While the best length is 0 it is tried less and less often, at most every `most_idle` rounds, so that a useless
-    draft costs next to nothing.
+    `explore_every` rounds a neighbour of the best length is tried, so that its cost and its acceptance stay known. While
+    the best length is 0, the best other one is tried so often that it costs the share `idle_budget` of the time: often
+    while it is nearly as good, rarely if the draft is useless.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class GoodputPacer:
         acceptance: float = 0.7,
         memory: float = 40.0,
         explore_every: int = 16,
-        most_idle: int = 128,
+        idle_budget: float = 0.01,
     ) -> None:
         self._start = start
         self._keep = 1.0 - 1.0 / memory
         self._explore_every = explore_every
-        self._most_idle = most_idle
-        # (asked as far as position i, accepted up to position i), pooled counts first: a prior of two observations.
+        self._idle_budget = idle_budget
+        # How often position i was decided, and how often it was accepted; pooled over the positions with a prior worth
+        # two observations, which speaks for positions not yet tried.
         self._reached: list[float] = []
         self._accepted: list[float] = []
         self._pooled_reached, self._pooled_accepted = 2.0, 2.0 * acceptance
@@ -82,7 +83,6 @@ class GoodputPacer:
         self._verify_seconds = _Mean(self._keep)
         self._rounds = 0
         self._idle = 0
-        self._idle_limit = explore_every
 
     def draft_length(self, limit: int) -> int:
         self._rounds += 1
@@ -90,10 +90,14 @@ class GoodputPacer:
             return 0
         if not self._draft_cost.known or not self._verify_seconds.known:
             return min(self._start, limit)
-        best = self.best_length(limit)
-        if best == 0:
-            return self._probe(limit)
-        self._idle, self._idle_limit = 0, self._explore_every
+        best, gain = self._best(limit)
+        if gain <= 0.0:
+            self._idle += 1
+            if self._idle * self._idle_budget < -gain:
+                return 0
+            self._idle = 0
+            return best
+        self._idle = 0
         if self._rounds % self._explore_every == 0:
             up = self._rounds // self._explore_every % 2 == 0
             return min(best + 1, limit) if up else max(best - 1, 1)
@@ -103,8 +107,6 @@ class GoodputPacer:
         self._verify_seconds.add(round.verify_seconds)
         if round.asked == 0:
             return
-        if round.accepted == round.asked:
-            self._idle_limit = 1  # a probe that went well is repeated at once
         self._draft_cost.add(round.asked, round.draft_seconds)
         self._pooled_reached *= self._keep
         self._pooled_accepted *= self._keep
@@ -120,17 +122,21 @@ class GoodputPacer:
             self._pooled_reached += 1.0
             self._pooled_accepted += hit
 
-    def best_length(self, limit: int) -> int:
-        """The k with the most expected tokens per second, the smaller one of equals."""
+    def _best(self, limit: int) -> tuple[int, float]:
+        """The k >= 1 with the most expected tokens per second, and what a round of it gains over plain decoding.
+
+        The gain is in tokens: those of the round less those that plain decoding would have made in its time.
+        """
+        plain = max(self._verify_seconds.value, 1e-9)
         expected, survival = 1.0, 1.0
-        best, best_goodput = 0, expected / max(self._verify_seconds.value, 1e-9)
+        best, best_goodput, gain = 0, 0.0, 0.0
         for k in range(1, limit + 1):
             survival *= self._acceptance(k - 1)
             expected += survival
-            goodput = expected / max(self._draft_cost.at(k) + self._verify_seconds.value, 1e-9)
-            if goodput > best_goodput:
-                best, best_goodput = k, goodput
-        return best
+            steps = (self._draft_cost.at(k) + plain) / plain
+            if expected / steps > best_goodput:
+                best, best_goodput, gain = k, expected / steps, expected - steps
+        return best, gain
 
     def _acceptance(self, position: int) -> float:
         """Probability of acceptance at a position, given that everything before it was accepted."""
@@ -139,13 +145,6 @@ class GoodputPacer:
             return pooled
         weight = 2.0
         return (self._accepted[position] + weight * pooled) / (self._reached[position] + weight)
-
-    def _probe(self, limit: int) -> int:
-        self._idle += 1
-        if self._idle < self._idle_limit:
-            return 0
-        self._idle, self._idle_limit = 0, min(2 * self._idle_limit, self._most_idle)
-        return min(self._start, limit)
 
 
 class _Mean:

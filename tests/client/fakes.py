@@ -1,4 +1,4 @@
-"""In-memory services: a target that keeps the law of Verify over a small deterministic model, and drafts of all kinds."""
+"""In-memory services: a target that keeps the law of Verify over a small model, and drafts of all kinds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FINGERPRINT = Fingerprint(VOCABULARY, "aa", "bb", (EOS,))
 
 
 def next_token(token_ids: Sequence[int], seed: int = 0) -> int:
-    """The model: a token of the vocabulary that depends on the last two and falls into loops, as prompt lookup likes."""
+    """The model: a token that depends on the last two and falls into loops, as prompt lookup likes."""
     last, before = token_ids[-1], token_ids[-2] if len(token_ids) > 1 else 1
     return (last * last + 3 * before + seed) % 7 + 1
 
@@ -113,8 +113,8 @@ class FakeStream:
 
     async def receive(self) -> object:
         await asyncio.sleep(self.delay)
-        while not self.answers:
-            await asyncio.sleep(3600)
+        if not self.answers:
+            await asyncio.Event().wait()  # for ever: whoever answers does so before
         answer = self.answers.popleft()
         if isinstance(answer, Exception):
             raise answer

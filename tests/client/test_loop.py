@@ -128,14 +128,14 @@ LIES = {
     "another round": lie(round=9),
     "another base": lie(base_length=4),
     "more accepted than proposed": lie(accepted=4),
-    "other ids than proposed": lambda v: lie_in_tokens(token_ids=(v.committed.token_ids[0] + 1, *v.committed.token_ids[1:]))(v),
+    "other ids than proposed": lambda v: lie_in_tokens(token_ids=v.committed.token_ids[::-1])(v),
     "no token of its own": lie(accepted=3),
     "too many tokens": lie(accepted=1),
     "texts for other tokens": lie_in_tokens(text_lengths=(1,)),
     "more text than its lengths": lie_in_tokens(text_delta="?" * 100),
     "log probabilities for other tokens": lie_in_tokens(logprobs=(Logprobs(-1.0),)),
     "stale at another length": lie(stale=True, base_length=4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LIES)

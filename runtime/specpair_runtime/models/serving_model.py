@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specpair.v1 import common_pb2
+from specpair.v1.common_pb2 import PHASE_COMPILING, PHASE_LOADING, PHASE_WARMING_UP
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.loading import LoadedModel, load_model
 from specpair_runtime.models.runner import ModelRunner
@@ -34,7 +34,7 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    status.set(common_pb2.PHASE_LOADING, 0.0, f"loading {config.model}")
+    status.set(PHASE_LOADING, 0.0, f"loading {config.model}")
     loaded = load_model(config.load_options)
     runner = ModelRunner(
         loaded.model,
@@ -44,7 +44,7 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
         vocabulary=loaded.fingerprint.vocabulary_size,
         compile_=config.compile == "on" or (config.compile == "auto" and loaded.model.device.type == "cuda"),
     )
-    phase = common_pb2.PHASE_COMPILING if runner.compiled else common_pb2.PHASE_WARMING_UP
+    phase = PHASE_COMPILING if runner.compiled else PHASE_WARMING_UP
     status.set(phase, 0.0, f"{'compiling' if runner.compiled else 'warming up'} {config.model}")
     recompilations = CompileCounter()
     warm_up(runner, widths, status.advance)

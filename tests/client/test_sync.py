@@ -1,0 +1,75 @@
+"""Laws of the client without asyncio."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from specpair import DeadlineError, SamplingParams, SyncSpeculativeClient
+
+from .fakes import FakeDraft, FakeTarget, continuation
+
+PROMPT = (3, 4, 5)
+PARAMS = SamplingParams(max_new_tokens=20)
+
+
+def client(target=None, draft=None):
+    return SyncSpeculativeClient(
+        "target:1", "draft:1", target_transport=target or FakeTarget(), draft_transport=draft or FakeDraft()
+    )
+
+
+def test_the_result_is_the_async_one():
+    """The same tokens, whole and in pieces."""
+    with client() as opened:
+        result = opened.generate(PROMPT, PARAMS)
+        with opened.stream(PROMPT, PARAMS) as stream:
+            chunks = list(stream)
+        assert list(result.token_ids) == continuation(PROMPT, 20)
+        assert stream.result.tokens == result.tokens == stream.tokens
+        assert "".join(chunk.text for chunk in chunks) == result.text
+        assert stream.stats.output_tokens == 20
+        assert [info.model for info in opened.info()] == ["target", "draft"]
+        assert opened.healthy() == (True, True)
+        assert opened.tokenize("a") == (97 % 50,)
+        assert opened.detokenize([1]) == "<1>"
+
+
+def test_leaving_a_stream_ends_its_calls():
+    """Reading the first chunk only ends both calls when the block is left."""
+    target, draft = FakeTarget(), FakeDraft()
+    with client(target, draft) as opened, opened.stream(PROMPT, PARAMS) as stream:
+        next(stream)
+        stream.close()
+        assert all(call.cancelled for call in target.streams + draft.streams)
+        assert list(stream) == []
+
+
+def test_errors_pass_through():
+    """An exception in the thread is the caller's."""
+    with client(FakeTarget(delay=3600)) as opened, pytest.raises(DeadlineError):
+        opened.generate(PROMPT, PARAMS, timeout=0.05)
+
+
+def test_several_threads_share_a_client():
+    """Generations of several threads run side by side."""
+    with client() as opened, ThreadPoolExecutor(4) as threads:
+        prompts = [(i, i + 1) for i in range(1, 9)]
+        with_ngram = SyncSpeculativeClient("target:1", "ngram", target_transport=FakeTarget())
+        with with_ngram:
+            results = list(threads.map(lambda prompt: with_ngram.generate(prompt, PARAMS), prompts))
+    assert [list(result.token_ids) for result in results] == [continuation(prompt, 20) for prompt in prompts]
+
+
+def test_closing_ends_the_thread():
+    """After closing nothing runs, closing again does nothing, and using it is an error."""
+    before = threading.active_count()
+    opened = client()
+    assert threading.active_count() == before + 1
+    opened.close()
+    opened.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        opened.generate(PROMPT, PARAMS)
