@@ -56,9 +56,9 @@ class GoodputPacer:
     """The draft length with the highest measured goodput.
 
     `memory` is the number of rounds after which an observation has lost two thirds of its weight. Every
-    `explore_every` rounds a neighbour of the best length is tried, so that its cost and its acceptance stay known. While
-    the best length is 0, the best other one is tried so often that it costs the share `idle_budget` of the time: often
-    while it is nearly as good, rarely if the draft is useless.
+    `explore_every` rounds a neighbour of the best length is tried, so that its cost and its acceptance stay known.
+    While the best length is 0, the best other one is tried so often that it costs the share `idle_budget` of the time:
+    often while it is nearly as good, rarely if the draft is useless.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ def test_the_result_is_the_async_one():
         with opened.stream(PROMPT, PARAMS) as stream:
             chunks = list(stream)
         assert list(result.token_ids) == continuation(PROMPT, 20)
-        assert stream.result.tokens == result.tokens == stream.tokens
+        assert stream.result.token_ids == result.token_ids
+        assert stream.result.tokens == stream.tokens == tuple(token for chunk in chunks for token in chunk.tokens)
         assert "".join(chunk.text for chunk in chunks) == result.text
         assert stream.stats.output_tokens == 20
         assert [info.model for info in opened.info()] == ["target", "draft"]
@@ -55,11 +56,12 @@ def test_errors_pass_through():
 
 def test_several_threads_share_a_client():
     """Generations of several threads run side by side."""
-    with client() as opened, ThreadPoolExecutor(4) as threads:
-        prompts = [(i, i + 1) for i in range(1, 9)]
-        with_ngram = SyncSpeculativeClient("target:1", "ngram", target_transport=FakeTarget())
-        with with_ngram:
-            results = list(threads.map(lambda prompt: with_ngram.generate(prompt, PARAMS), prompts))
+    prompts = [(i, i + 1) for i in range(1, 9)]
+    with (
+        SyncSpeculativeClient("target:1", "ngram", target_transport=FakeTarget()) as opened,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        results = list(threads.map(lambda prompt: opened.generate(prompt, PARAMS), prompts))
     assert [list(result.token_ids) for result in results] == [continuation(prompt, 20) for prompt in prompts]
 
 

@@ -13,7 +13,8 @@ from .conftest import FP32_LENGTH
 from .drafts import half_true, prophet, serving
 from .processes import run
 
-TOKENS = 20
+TOKENS = 16
+BORDER = 256  # the first attended length
 LENGTHS = range(1, 8)
 PROPOSERS = ["model", "ngram", "liar"]
 
@@ -86,7 +87,10 @@ class TestFp32EqualsTransformers:
 
     @pytest.mark.parametrize("length", [*LENGTHS, None])
     def test_a_draft_that_is_right(self, fp32, prompts, expected, length):
-        """A draft that knows the output is accepted in full, and so is the target's token behind a whole block."""
+        """A draft that knows the output is accepted in full: every block brings a token of the target's own as well.
+
+        The one exception: a block across the border of two attended lengths is judged up to the border.
+        """
         some = slice(length or 0, None, 6)
         outputs = dict(zip(prompts, expected, strict=True))
         params = SamplingParams(max_new_tokens=TOKENS)
@@ -96,9 +100,11 @@ class TestFp32EqualsTransformers:
         assert [result.token_ids for result in results] == expected[some]
         for result in results:
             check_provenance(result)
-            assert result.stats.accepted == result.stats.proposed > 0
+            crossing = len(result.prompt_token_ids) <= BORDER < len(result.prompt_token_ids) + TOKENS
+            assert result.stats.proposed > 0
+            assert crossing or result.stats.accepted == result.stats.proposed
             if length is not None:
-                assert result.stats.rounds == -(-len(result.tokens) // (length + 1))
+                assert result.stats.rounds <= -(-len(result.tokens) // (length + 1)) + crossing
 
     def test_a_draft_with_one_wrong_id_a_block(self, fp32, prompts, expected):
         """What a draft says before its error is accepted, the error and what follows never."""
@@ -159,9 +165,9 @@ def sampled(params, **changes):
 
 @pytest.fixture(scope="module")
 def jobs(prompts):
-    """One prompt for each way to sample; the last one runs beyond what the draft's cache holds."""
-    chosen = [prompts[0], prompts[3], prompts[7], prompts[8], prompts[12], prompts[13]]
-    lengths = [24, 24, 24, 24, 24, 48]
+    """One prompt for each way to sample. One output crosses `BORDER`, another the end of the draft's cache."""
+    chosen = [prompts[0], prompts[3], prompts[7], prompts[8], prompts[10], prompts[13]]
+    lengths = [16, 16, 16, 16, 16, 30]
     return [
         (prompt, sampled(params, max_new_tokens=length))
         for prompt, params, length in zip(chosen, SAMPLING, lengths, strict=True)
@@ -181,7 +187,7 @@ class TestBf16EqualsItself:
     @pytest.mark.parametrize("kind", PROPOSERS)
     def test_any_proposer_and_draft_length(self, bf16, jobs, alone, kind, length):
         """With a model draft, prompt lookup and a liar, at every draft length."""
-        results = run(generate_all(bf16(kind), jobs, at_once=1, draft_length=length))
+        results = run(generate_all(bf16(kind), jobs, at_once=3, draft_length=length))
         assert [result.token_ids for result in results] == alone
         for result in results:
             check_provenance(result)
@@ -193,13 +199,16 @@ class TestBf16EqualsItself:
             addresses = (bf16.target.address, fake.address)
             results = run(generate_all(addresses, jobs, at_once=1, draft_length=7))
         assert [result.token_ids for result in results] == alone
-        assert all(result.stats.accepted == result.stats.proposed > 0 for result in results)
+        for prompt, result in zip((prompt for prompt, _ in jobs), results, strict=True):
+            crossing = len(prompt) <= BORDER < len(prompt) + len(result.tokens)
+            assert result.stats.proposed > 0
+            assert crossing or result.stats.accepted == result.stats.proposed
 
     def test_eight_clients_at_once(self, bf16, prompts):
         """Each of 8 clients gets what it gets alone, whatever the others do."""
         kinds = cycle(["model", "ngram", "none", "liar"])
         clients = [
-            (bf16(kind), prompt, sampled(params, max_new_tokens=24 + 3 * n))
+            (bf16(kind), prompt, sampled(params, max_new_tokens=12 + 2 * n))
             for n, (kind, prompt, params) in enumerate(zip(kinds, prompts[6:14], cycle(SAMPLING)))
         ]
         check_concurrent(clients)

@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-__all__ = ["GROUPED_SDPA", "grouped_sdpa", "register_attention"]
+__all__ = ["GROUPED", "grouped_attention", "register_attention"]
 
-GROUPED_SDPA = "specpair_grouped_sdpa"
+GROUPED = "specpair_grouped"
 
 
-def grouped_sdpa(
+def grouped_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -23,12 +23,14 @@ def grouped_sdpa(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """SDPA with the queries of a group folded into rows, in the signature of transformers' attention functions.
 
     `query` is [batch, heads, rows, head_dim], `key` and `value` [batch, kv_heads, positions, head_dim] and
     `attention_mask` [batch, 1, rows, positions], additive. Returns [batch, rows, heads, head_dim] and no weights.
+    Scores are capped at `softcap` where a model does so (Gemma 2), which SDPA itself cannot.
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -36,10 +38,27 @@ def grouped_sdpa(
     folded = query.reshape(batch, kv_heads, groups * rows, head_dim)
     if attention_mask is not None and groups > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    output = scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    if softcap is None:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        output = _capped(folded, key, value, attention_mask, scaling or head_dim**-0.5, softcap)
     return output.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 
+def _capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
 def register_attention() -> None:
-    """Makes `GROUPED_SDPA` known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+    """Makes `GROUPED` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(GROUPED, grouped_attention)

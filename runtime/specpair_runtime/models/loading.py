@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from specpair.errors import ModelLoadError
-from specpair_runtime.models.attention import GROUPED_SDPA, register_attention
+from specpair_runtime.models.attention import GROUPED, register_attention
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
 __all__ = ["AttentionName", "DtypeName", "LoadOptions", "LoadedModel", "QuantizationName", "load_model"]
@@ -21,7 +28,7 @@ QuantizationName = Literal["none", "int8", "nf4", "fp4"]
 AttentionName = Literal["sdpa", "eager"]
 
 _DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ATTENTION: dict[AttentionName, str] = {"sdpa": GROUPED_SDPA, "eager": "eager"}
+_ATTENTION: dict[AttentionName, str] = {"sdpa": GROUPED, "eager": "eager"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,7 @@ def load_model(options: LoadOptions) -> LoadedModel:
         config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"no model config in {options.model!r}: {_first_line(error)}", field="model") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadError(f"{options.model!r} is an encoder-decoder model, not a causal one", field="model")
+    _check_family(config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -80,9 +86,28 @@ def load_model(options: LoadOptions) -> LoadedModel:
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelLoadError(f"cannot load {options.model!r}: {_first_line(error)}", field="model") from error
+    except KeyError as error:
+        raise ModelLoadError(
+            f"{config.model_type} has no attention {options.attn_implementation!r}; eager always works",
+            field="attn_implementation",
+        ) from error
     model.eval()
     tokenizer = load_tokenizer(options.model)
     return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options)
+
+
+def _check_family(config: PreTrainedConfig) -> None:
+    """Refuses what cannot be verified in blocks before its weights are loaded."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelLoadError(f"{kind} is an encoder-decoder model, not a causal one", field="model")
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    # A recurrent state cannot be rolled back to an earlier position, as a KV cache can.
+    if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
+        raise ModelLoadError(
+            f"{kind} keeps a recurrent state, which cannot be rolled back when proposals are rejected", field="model"
+        )
 
 
 def _check_directory(model: str) -> None:

@@ -39,6 +39,7 @@ class ModelRunner:
         self.device: torch.device = model.device
         self.slots = slots
         self.max_length = max_length
+        self.scratch = scratch
         self.parking = max_length
         self.vocabulary = vocabulary
         self.compiled = compile_
@@ -88,6 +89,22 @@ class ModelRunner:
         model's dtype, on its device.
         """
         return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+
+    @torch.inference_mode()
+    def eager_logits(self, first_slot: int, token_ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+        """As `logits`, never compiled."""
+        return self._logits(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+
+    @torch.inference_mode()
+    def reference_logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of [batch, rows, vocabulary] for whole sequences, with no cache and the model's own attention."""
+        configured = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            logits: torch.Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False).logits
+        finally:
+            self.model.set_attn_implementation(configured)
+        return logits[..., : self.vocabulary]
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:

@@ -11,6 +11,7 @@ from specpair.v1.common_pb2 import PHASE_COMPILING, PHASE_LOADING, PHASE_WARMING
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.loading import LoadedModel, load_model
 from specpair_runtime.models.runner import ModelRunner
+from specpair_runtime.models.self_check import check_slot_cache
 from specpair_runtime.models.warmup import CompileCounter, warm_up
 from specpair_runtime.serving import ServiceStatus
 
@@ -44,6 +45,7 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
         vocabulary=loaded.fingerprint.vocabulary_size,
         compile_=config.compile == "on" or (config.compile == "auto" and loaded.model.device.type == "cuda"),
     )
+    check_slot_cache(runner)
     phase = PHASE_COMPILING if runner.compiled else PHASE_WARMING_UP
     status.set(phase, 0.0, f"{'compiling' if runner.compiled else 'warming up'} {config.model}")
     recompilations = CompileCounter()

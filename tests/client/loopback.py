@@ -1,0 +1,169 @@
+"""The fakes behind real gRPC on the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event
+
+import grpc
+from grpc_status import rpc_status
+
+from specpair.errors import InvalidRequestError, OverloadedError, SpecpairError, to_status
+from specpair.messages import Block
+from specpair.params import SamplingParams
+from specpair.results import Source
+from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+from .fakes import EOS, VOCABULARY, Target, continuation, next_token, text_of
+
+FINGERPRINT = common_pb2.Fingerprint(vocabulary_size=VOCABULARY, vocabulary_sha256="aa", eos_token_ids=[EOS])
+FINISH = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop_token": common_pb2.FINISH_REASON_STOP_TOKEN,
+    "max_new_tokens": common_pb2.FINISH_REASON_MAX_NEW_TOKENS,
+    "cache_full": common_pb2.FINISH_REASON_CACHE_FULL,
+}
+
+
+def fail(context: grpc.ServicerContext, error: SpecpairError) -> None:
+    context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+def prompt_ids(prompt: common_pb2.Prompt, context: grpc.ServicerContext) -> list[int]:
+    ids = list(prompt.token_ids.ids) or [ord(c) % VOCABULARY for c in prompt.text]
+    if not ids:
+        fail(context, InvalidRequestError("must not be empty", field="start.prompt"))
+    return ids
+
+
+def turn(message) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=message.sampling.max_new_tokens or None,
+        seed=message.sampling.seed,
+        stop_token_ids=tuple(message.stop.stop_token_ids),
+    )
+
+
+@dataclass
+class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+    """Answers the prompt "full" as a service without a free slot, and waits `delay` seconds for each verdict."""
+
+    delay: float = 0.0
+    ended: Event = field(default_factory=Event)
+    cut_after: int | None = None
+
+    def GetModelInfo(self, request, context):
+        info = common_pb2.ModelInfo(model="target", phase=common_pb2.PHASE_READY, fingerprint=FINGERPRINT)
+        return target_pb2.TargetServiceGetModelInfoResponse(info=info)
+
+    def Verify(self, requests, context):
+        context.add_callback(self.ended.set)
+        start = next(requests).start
+        if start.prompt.text == "full":
+            fail(context, OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED"))
+        ids = prompt_ids(start.prompt, context)
+        target = Target(ids, turn(start))
+        yield target_pb2.VerifyResponse(started=self.started(ids))
+        for i, request in enumerate(requests):
+            if i == self.cut_after:
+                return
+            time.sleep(self.delay)
+            block = request.block
+            verdict = target.judge(
+                Block(block.round, block.base_length, block.last_token_id, tuple(block.token_ids), Source.MODEL)
+            )
+            committed = verdict.committed
+            yield target_pb2.VerifyResponse(
+                verdict=target_pb2.Verdict(
+                    round=verdict.round,
+                    status=target_pb2.Verdict.STATUS_STALE if verdict.stale else target_pb2.Verdict.STATUS_APPLIED,
+                    base_length=verdict.base_length,
+                    accepted=verdict.accepted,
+                    committed=common_pb2.CommittedTokens(
+                        token_ids=committed.token_ids,
+                        text_delta=committed.text_delta,
+                        text_lengths=committed.text_lengths,
+                        finish_reason=FINISH[committed.finish_reason],
+                    ),
+                )
+            )
+
+    def Generate(self, request, context):
+        context.add_callback(self.ended.set)
+        ids = prompt_ids(request.prompt, context)
+        target = Target(ids, turn(request))
+        yield target_pb2.GenerateResponse(started=self.started(ids))
+        finish = None
+        while finish is None and context.is_active():
+            time.sleep(self.delay)
+            token_id, text, finish = target.commit(next_token(target.log, target.params.seed))
+            committed = common_pb2.CommittedTokens(
+                token_ids=[token_id], text_delta=text, text_lengths=[len(text)], finish_reason=FINISH[finish]
+            )
+            yield target_pb2.GenerateResponse(committed=committed)
+
+    def Tokenize(self, request, context):
+        return target_pb2.TokenizeResponse(token_ids=prompt_ids(request.prompt, context))
+
+    def Detokenize(self, request, context):
+        return target_pb2.DetokenizeResponse(text="".join(map(text_of, request.token_ids)))
+
+    def started(self, ids):
+        return target_pb2.SessionStarted(
+            session_id="s", prompt_token_ids=ids, length=len(ids), max_block_tokens=7, max_length=1024
+        )
+
+
+@dataclass
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """A perfect draft, which ends its stream after `cut_after` asks."""
+
+    cut_after: int | None = None
+    ended: Event = field(default_factory=Event)
+
+    def GetModelInfo(self, request, context):
+        info = common_pb2.ModelInfo(model="draft", phase=common_pb2.PHASE_READY, fingerprint=FINGERPRINT)
+        return draft_pb2.DraftServiceGetModelInfoResponse(info=info)
+
+    def Propose(self, requests, context):
+        context.add_callback(self.ended.set)
+        start = next(requests).start
+        log = list(start.token_ids)
+        yield draft_pb2.ProposeResponse(started=draft_pb2.ProposeStarted(proposer=common_pb2.SOURCE_MODEL))
+        for i, request in enumerate(requests):
+            if i == self.cut_after:
+                return
+            ask = request.ask
+            log[ask.from_position :] = ask.token_ids
+            yield draft_pb2.ProposeResponse(
+                proposal=draft_pb2.Proposal(
+                    round=ask.round,
+                    base_length=len(log),
+                    token_ids=continuation(log, ask.max_tokens, start.sampling.seed),
+                    source=common_pb2.SOURCE_MODEL,
+                )
+            )
+
+
+@contextlib.contextmanager
+def serving(
+    target: TargetServicer | None = None, draft: DraftServicer | None = None, listen: str = "127.0.0.1:0"
+) -> Iterator[str]:
+    """The address of a server with the given services; it reports to be healthy."""
+    server = grpc.server(ThreadPoolExecutor(8))
+    if target is not None:
+        target_pb2_grpc.add_TargetServiceServicer_to_server(target, server)
+    if draft is not None:
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(draft, server)
+    check = grpc.unary_unary_rpc_method_handler(lambda request, context: b"\x08\x01")
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
+    port = server.add_insecure_port(listen)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0.2).wait()

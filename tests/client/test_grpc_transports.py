@@ -1,0 +1,172 @@
+"""Laws of the transports, over gRPC on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from specpair import (
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    ProtocolError,
+    SamplingParams,
+    SpeculativeClient,
+    SyncSpeculativeClient,
+    UnavailableError,
+)
+from specpair.grpc_transports import GrpcTarget
+from specpair.messages import Start
+
+from .fakes import continuation
+from .loopback import DraftServicer, TargetServicer, serving
+
+PROMPT = (3, 4, 5)
+PARAMS = SamplingParams(max_new_tokens=30, seed=7)
+EXPECTED = continuation(PROMPT, 30, 7)
+
+
+def run(work):
+    """The result of an asynchronous function; no task is left behind."""
+
+    async def checked():
+        result = await work()
+        await asyncio.sleep(0.05)  # grpc's own tasks end with their calls
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return result
+
+    return asyncio.run(checked())
+
+
+@pytest.mark.parametrize("mode", ["model", "ngram", "none"])
+def test_the_wire_changes_nothing(mode):
+    """Over gRPC the tokens are those of the model, with every draft."""
+    with serving(TargetServicer(), DraftServicer()) as address:
+
+        async def work():
+            async with SpeculativeClient(address, address if mode == "model" else mode) as client:
+                assert await client.tokenize("ab") == (97 % 50, 98 % 50)
+                assert await client.detokenize([1, 2]) == "<1><2>"
+                assert (await client.info())[0].model == "target"
+                return await client.generate(PROMPT, PARAMS)
+
+        result = run(work)
+    assert list(result.token_ids) == EXPECTED
+    assert result.stats.proposer == mode
+    assert result.stats.proposer_changes == ()
+
+
+def test_a_session_ends_politely_on_both_sides():
+    """Both services see their streams end, without waiting for a timeout."""
+    target, draft = TargetServicer(), DraftServicer()
+    with serving(target, draft) as address, SyncSpeculativeClient(address, address) as client:
+        client.generate(PROMPT, PARAMS)
+        assert target.ended.wait(1)
+        assert draft.ended.wait(1)
+
+
+def test_a_draft_that_hangs_up_is_replaced():
+    """A stream that ends early is a lost draft, not an error."""
+    with (
+        serving(TargetServicer(), DraftServicer(cut_after=2)) as address,
+        SyncSpeculativeClient(address, address, draft_length=2) as client,
+    ):
+        result = client.generate(PROMPT, PARAMS)
+    assert list(result.token_ids) == EXPECTED
+    (change,) = result.stats.proposer_changes
+    assert (change.round, change.proposer) == (3, "ngram")
+
+
+def test_a_draft_that_is_not_there_is_replaced():
+    """A refused connection costs a draft, not a generation."""
+    with serving(TargetServicer()) as address, SyncSpeculativeClient(address, "127.0.0.1:1") as client:
+        result = client.generate(PROMPT, PARAMS)
+    assert list(result.token_ids) == EXPECTED
+    assert result.stats.proposer_changes[0].reason.startswith("draft unreachable: ")
+
+
+def test_errors_come_back_as_they_were_raised():
+    """Class, field and reason survive the way."""
+    with serving(TargetServicer()) as address, SyncSpeculativeClient(address, "ngram") as client:
+        with pytest.raises(InvalidRequestError) as refused:
+            client.generate("")
+        assert (refused.value.field, refused.value.message) == ("start.prompt", "must not be empty")
+        with pytest.raises(OverloadedError) as refused:
+            client.generate("full")
+        assert refused.value.reason == "KV_SLOTS_EXHAUSTED"
+        with pytest.raises(InvalidRequestError) as refused:
+            client.generate(PROMPT, SamplingParams(top_k=-1))
+        assert refused.value.field == "start.sampling.top_k"
+
+
+def test_a_target_that_hangs_up_breaks_the_protocol():
+    """A stream that ends without a finish reason is an error, even if its status is OK."""
+    with (
+        serving(TargetServicer(cut_after=2)) as address,
+        SyncSpeculativeClient(address, "ngram") as client,
+        pytest.raises(ProtocolError),
+    ):
+        client.generate(PROMPT, PARAMS)
+
+
+def test_a_target_that_is_not_there():
+    """A refused connection is UnavailableError for every call."""
+    with SyncSpeculativeClient("127.0.0.1:1", "none") as client:
+        for call in (client.info, lambda: client.tokenize("a"), lambda: client.generate(PROMPT, PARAMS)):
+            with pytest.raises(UnavailableError):
+                call()
+        assert client.healthy() == (False, None)
+
+
+@pytest.mark.parametrize("mode", ["ngram", "none"])
+def test_leaving_a_stream_cancels_at_the_service(mode):
+    """The service sees the end of the call at once."""
+    target = TargetServicer(delay=0.02)
+    with serving(target) as address:
+
+        async def work():
+            async with SpeculativeClient(address, mode) as client, client.stream(PROMPT) as stream:
+                await anext(stream)
+
+        run(work)
+        assert target.ended.wait(1)
+
+
+@pytest.mark.parametrize("mode", ["ngram", "none"])
+def test_deadlines(mode):
+    """The caller's time limit ends the call on both sides."""
+    target = TargetServicer(delay=0.05)
+    with serving(target) as address, SyncSpeculativeClient(address, mode) as client:
+        begin = time.monotonic()
+        with pytest.raises(DeadlineError):
+            client.generate(PROMPT, timeout=0.3)
+        assert time.monotonic() - begin < 2
+        assert target.ended.wait(1)
+
+
+def test_the_service_is_told_the_deadline():
+    """The time limit travels as the call's own deadline too."""
+
+    async def work():
+        target = GrpcTarget(address)
+        stream = await target.generate(Start(PROMPT, SamplingParams()), 0.2)
+        with pytest.raises(DeadlineError):
+            await asyncio.wait_for(stream.finish(), 5)
+        await target.close()
+
+    with serving(TargetServicer(delay=0.05)) as address:
+        run(work)
+
+
+def test_a_closed_client_says_so():
+    """Using it is an error of this package."""
+
+    async def work():
+        client = SpeculativeClient("127.0.0.1:1", "none")
+        await client.aclose()
+        with pytest.raises(UnavailableError, match="closed"):
+            await client.generate(PROMPT)
+
+    run(work)

@@ -1,0 +1,167 @@
+"""A session is its stream: when the client goes, by whatever way, its slots are free at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from specpair import OverloadedError, SamplingParams, SpeculativeClient, SyncSpeculativeClient
+from specpair.v1 import target_pb2
+
+from .processes import environment, run
+from .sessions import RawSession, ids_prompt, target_stub
+
+ENDLESS = SamplingParams(ignore_eos=True)
+PARAMS = SamplingParams(max_new_tokens=12)
+
+# Streams without end and says how far it is, until it is killed.
+CLIENT = textwrap.dedent("""
+    import asyncio, sys
+    from specpair import SamplingParams, SpeculativeClient
+
+    async def main(target, draft, *ids):
+        async with SpeculativeClient(target, draft, draft_length=2) as client:
+            async with client.stream([int(id_) for id_ in ids], SamplingParams(ignore_eos=True)) as stream:
+                async for _ in stream:
+                    print(len(stream.tokens), flush=True)
+
+    asyncio.run(main(*sys.argv[1:]))
+""")
+
+
+@pytest.fixture
+def checked(bf16, prompts):
+    """The bf16 pair; the same request gets the same tokens before and after the test."""
+    with SyncSpeculativeClient(*bf16("model")) as client:
+        before = client.generate(prompts[7], PARAMS).token_ids
+        yield bf16
+        for service in (bf16.target, bf16.draft):
+            service.wait_until_free(2.0)
+        assert client.generate(prompts[7], PARAMS).token_ids == before
+
+
+def test_streams_closed_early(checked, prompts):
+    """12 streams, closed after some chunks or before the first one: free within 2 seconds each time."""
+    chance = random.Random(1)
+
+    async def check():
+        async with SpeculativeClient(*checked("model")) as client:
+            for n in range(12):
+                async with client.stream(chance.choice(prompts), ENDLESS) as stream:
+                    for _ in range(n % 7):
+                        await anext(stream)
+                    if n % 7:
+                        assert checked.target.info().slots_in_use == 1
+                for service in (checked.target, checked.draft):
+                    await asyncio.to_thread(service.wait_until_free, 2.0)
+
+    run(check())
+
+
+def test_tasks_cancelled(checked, prompts):
+    """12 tasks, cancelled after a random time, 4 at once: free within 2 seconds each time."""
+    chance = random.Random(2)
+
+    async def check():
+        async with SpeculativeClient(*checked("model")) as client:
+            for _ in range(3):
+                tasks = [asyncio.create_task(client.generate(chance.choice(prompts), ENDLESS)) for _ in range(4)]
+                for task in tasks:
+                    await asyncio.sleep(chance.choice([0.0, chance.uniform(0, 0.05), chance.uniform(0, 0.3)]))
+                    task.cancel()
+                outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+                assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+                for service in (checked.target, checked.draft):
+                    await asyncio.to_thread(service.wait_until_free, 2.0)
+
+    run(check())
+
+
+def test_sync_streams_closed_early(checked, prompts):
+    """Leaving the `with` block of a stream ends its calls; so does closing the client under it."""
+    with SyncSpeculativeClient(*checked("model")) as client:
+        with client.stream(prompts[3], ENDLESS) as stream:
+            next(stream)
+        for service in (checked.target, checked.draft):
+            service.wait_until_free(2.0)
+        stream = client.stream(prompts[3], ENDLESS)
+        next(stream)
+    for service in (checked.target, checked.draft):
+        service.wait_until_free(2.0)
+
+
+def test_client_processes_killed(checked, prompts):
+    """6 client processes, killed at random points of their streams: free within 2 seconds."""
+    chance = random.Random(3)
+    clients = []
+    try:
+        for prompt in prompts[3:9]:
+            command = [sys.executable, "-c", CLIENT, *checked("model"), *map(str, prompt)]
+            clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()))
+        for client in clients:
+            for _ in range(chance.randrange(1, 12)):
+                assert client.stdout.readline()
+            client.kill()
+            client.wait()
+        for service in (checked.target, checked.draft):
+            service.wait_until_free(2.0)
+    finally:
+        for client in clients:
+            if client.poll() is None:
+                client.kill()
+                client.wait()
+            client.stdout.close()
+
+
+def test_raw_calls_cancelled(checked, prompts):
+    """Generate and Verify, cancelled before the first response, after it, or half-closed in the middle of a turn."""
+
+    async def check():
+        async with target_stub(checked.target.address) as stub:
+            for responses in (0, 1, 4):
+                call = stub.Generate(target_pb2.GenerateRequest(prompt=ids_prompt(prompts[12])))
+                for _ in range(responses):
+                    await call.read()
+                call.cancel()
+            session = await RawSession.open(stub, prompts[12])
+            session.call.cancel()
+            session = await RawSession.open(stub, prompts[12])
+            await session.call.write(target_pb2.VerifyRequest(block=session.block()))
+            session.call.cancel()
+            session = await RawSession.open(stub, prompts[12])
+            await session.send(session.block())
+            await session.finish()
+        await asyncio.to_thread(checked.target.wait_until_free, 2.0)
+
+    run(check())
+
+
+def test_waiting_for_a_slot(fp32, prompts):
+    """Who waits for a slot and goes leaves nothing behind; whose time runs out is told so; the others get their turn."""
+
+    async def check():
+        async with target_stub(fp32.target.address) as stub:
+            holders = [await RawSession.open(stub, prompts[2]) for _ in range(4)]
+            gone = [stub.Generate(target_pb2.GenerateRequest(prompt=ids_prompt(prompts[2]))) for _ in range(3)]
+            async with SpeculativeClient(*fp32("none")) as client:
+                stays = asyncio.create_task(client.generate(prompts[2], PARAMS))
+                late = asyncio.create_task(client.generate(prompts[2], PARAMS, timeout=0.5))
+                with pytest.raises((OverloadedError, TimeoutError, Exception)) as caught:
+                    await late
+                assert type(caught.value).__name__ in ("OverloadedError", "DeadlineError")
+                for call in gone:
+                    call.cancel()
+                assert fp32.target.info().slots_in_use == 4
+                holders[0].call.cancel()
+                waited = await stays
+                for holder in holders[1:]:
+                    holder.call.cancel()
+                await asyncio.to_thread(fp32.target.wait_until_free, 2.0)
+                assert (await client.generate(prompts[2], PARAMS)).token_ids == waited.token_ids
+
+    run(check())

@@ -1,0 +1,297 @@
+"""The draft is advice: whatever becomes of it, the tokens are the same, nothing raises, and the result says what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from specpair import DraftMismatchError, SamplingParams, Source, SpeculativeClient
+
+from .drafts import hanging, mute, prophet, serving
+from .processes import DEMO, run
+
+PARAMS = SamplingParams(max_new_tokens=32)
+SAMPLED = SamplingParams(max_new_tokens=32, temperature=0.9, seed=11)
+
+
+@pytest.fixture(scope="module")
+def prompt(prompts):
+    """A prompt that loses nothing by a slow draft."""
+    return prompts[7]
+
+
+@pytest.fixture(scope="module")
+def expected(bf16_target, prompt):
+    """Tokens of the target alone, for PARAMS and for SAMPLED."""
+
+    async def alone():
+        async with SpeculativeClient(bf16_target.address, "none") as client:
+            return {params: (await client.generate(prompt, params)).token_ids for params in (PARAMS, SAMPLED)}
+
+    return run(alone())
+
+
+@pytest.fixture(scope="module")
+def victim(launch):
+    """Returns a draft service that may be stopped, hung and killed: the last one if it still lives."""
+    victims = []
+
+    def living():
+        if not victims or not victims[-1].alive:
+            victims.append(launch("specpair_draft", f"--model={DEMO / 'draft'}", "--slots=2"))
+            assert victims[-1].address
+        return victims[-1]
+
+    return living
+
+
+def check_lost(result, reason, at_least=1):
+    """The result records one change to n-gram, and no token of a model from then on."""
+    [change] = result.stats.proposer_changes
+    assert change.proposer == result.stats.proposer == "ngram"
+    assert reason in change.reason
+    assert change.round >= at_least
+
+
+async def generate_with_an_accident(client, prompt, params, accident, after):
+    """The result of a generation during which something happens, `after` chunks into it; and the tokens until then."""
+    async with client.stream(prompt, params) as stream:
+        chunks = 0
+        before = 0
+        async for chunk in stream:
+            chunks += 1
+            if chunks <= after:
+                before += len(chunk.tokens)
+            if chunks == after:
+                accident()
+    assert chunks > after + 2, "the accident came too late to matter"
+    check_lost_tokens(stream.result, before)
+    return stream.result
+
+
+def check_lost_tokens(result, before):
+    """No token that came later than one round after the accident is a draft model's."""
+    later = result.tokens[before + 2 :]
+    assert later
+    assert Source.MODEL not in {token.source for token in later}
+
+
+class TestLostUnderWay:
+    """A draft that is lost in the middle of a generation."""
+
+    @pytest.mark.parametrize("params", [PARAMS, SAMPLED], ids=["greedy", "sampled"])
+    def test_killed(self, bf16, victim, prompt, expected, params):
+        """Its process is killed: n-gram from there on."""
+        draft = victim()
+
+        async def check():
+            async with SpeculativeClient(bf16.target.address, draft.address, draft_length=1) as client:
+                result = await generate_with_an_accident(
+                    client, prompt, params, lambda: draft.send(signal.SIGKILL), after=3
+                )
+                assert result.token_ids == expected[params]
+                check_lost(result, "draft lost", at_least=4)
+                again = await client.generate(prompt, params)
+                assert again.token_ids == expected[params]
+                check_lost(again, "draft unreachable")
+
+        run(check())
+        assert draft.wait() == -signal.SIGKILL
+
+    def test_hangs_and_comes_back(self, bf16, victim, prompt, expected):
+        """Its process stands still: n-gram after the round's time limit. Awake again, it is used again and is free."""
+        draft = victim()
+
+        async def check():
+            address = (bf16.target.address, draft.address)
+            async with SpeculativeClient(*address, draft_length=1, draft_timeout=1.0, connect_timeout=1.0) as client:
+                result = await generate_with_an_accident(
+                    client, prompt, PARAMS, lambda: draft.send(signal.SIGSTOP), after=3
+                )
+                assert result.token_ids == expected[PARAMS]
+                check_lost(result, "no proposal within", at_least=4)
+                again = await client.generate(prompt, PARAMS)
+                assert again.token_ids == expected[PARAMS]
+                check_lost(again, "draft unreachable")
+                draft.send(signal.SIGCONT)
+                draft.wait_until_free(10)
+                recovered = await client.generate(prompt, PARAMS)
+                assert recovered.token_ids == expected[PARAMS]
+                assert recovered.stats.proposer == "model"
+                assert not recovered.stats.proposer_changes
+
+        run(check())
+        draft.wait_until_free()
+
+    def test_never_answers_a_round(self, bf16, prompt, expected):
+        """A service that is there and stops answering, from the first round or from the third."""
+
+        async def check(address):
+            async with SpeculativeClient(bf16.target.address, address, draft_length=2, draft_timeout=0.2) as client:
+                return await client.generate(prompt, PARAMS)
+
+        for behaviour, round in ((hanging, 3), (mute, 1)):
+            with serving(behaviour) as fake:
+                result = run(check(fake.address))
+            assert result.token_ids == expected[PARAMS]
+            check_lost(result, "no proposal within")
+            assert [change.round for change in result.stats.proposer_changes] == [round]
+
+    def test_slow_draft_is_not_lost(self, bf16, prompt, expected):
+        """A draft within its time limit stays, however little it helps."""
+
+        def slow(session, ask):
+            time.sleep(0.02)
+            yield from told(session, ask)
+
+        told = prophet({prompt: expected[PARAMS]})
+
+        async def check(address):
+            async with SpeculativeClient(bf16.target.address, address) as client:
+                return await client.generate(prompt, PARAMS)
+
+        with serving(slow) as fake:
+            result = run(check(fake.address))
+        assert result.token_ids == expected[PARAMS]
+        assert not result.stats.proposer_changes
+
+
+class TestNotThere:
+    """A draft that cannot be used from the beginning."""
+
+    @pytest.mark.parametrize("prefix", ["", "auto:"])
+    def test_nobody_listens(self, bf16, prompt, expected, prefix):
+        """Nobody at the address: n-gram from the first round."""
+        with socket.socket() as reserved:  # bound, but not listening
+            reserved.bind(("127.0.0.1", 0))
+            address = f"{prefix}127.0.0.1:{reserved.getsockname()[1]}"
+            result = run(_generate(bf16.target.address, address, prompt, PARAMS))
+        assert result.token_ids == expected[PARAMS]
+        check_lost(result, "draft unreachable")
+        assert result.stats.proposer_changes[0].round == 1
+
+    def test_somebody_listens_and_says_nothing(self, bf16, prompt, expected):
+        """A connection that nobody answers: n-gram after `connect_timeout`."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            result = run(_generate(bf16.target.address, address, prompt, PARAMS, connect_timeout=0.5))
+        assert result.token_ids == expected[PARAMS]
+        check_lost(result, "draft unreachable")
+
+    def test_comes_back(self, bf16, prompt, expected):
+        """One client uses a draft that comes, goes, and comes again at the same address."""
+        behaviour = prophet({prompt: expected[PARAMS]})
+
+        async def check():
+            with serving(behaviour) as fake:
+                address = fake.address
+                async with SpeculativeClient(bf16.target.address, address) as client:
+                    sources = [(await generate(client)).stats.proposer]
+                    fake.stop()
+                    sources.append((await generate(client)).stats.proposer)
+                    with serving(behaviour, listen=address):
+                        # gRPC connects again in its own time.
+                        deadline = time.monotonic() + 60
+                        while (proposer := (await generate(client)).stats.proposer) != "model":
+                            assert time.monotonic() < deadline
+                        sources.append(proposer)
+            assert sources == ["model", "ngram", "model"]
+
+        async def generate(client):
+            result = await client.generate(prompt, PARAMS)
+            assert result.token_ids == expected[PARAMS]
+            return result
+
+        run(check())
+
+
+async def _generate(target, draft, prompt, params, **options):
+    async with SpeculativeClient(target, draft, **options) as client:
+        return await client.generate(prompt, params)
+
+
+class TestAnotherVocabulary:
+    """A draft that means something else by its ids is refused by name, or done without on request."""
+
+    @pytest.fixture(scope="class")
+    def foreign_draft(self, launch, tmp_path_factory):
+        """A draft service with a tiny model and another tokenizer."""
+        directory = tmp_path_factory.mktemp("foreign")
+        _make_foreign_model(directory)
+        return launch("specpair_draft", f"--model={directory}", "--slots=1")
+
+    def test_refused(self, bf16, foreign_draft, prompt, expected):
+        """DraftMismatchError names the field; the target serves on."""
+        with pytest.raises(DraftMismatchError) as caught:
+            run(_generate(bf16.target.address, foreign_draft.address, prompt, PARAMS))
+        assert caught.value.field == "draft.fingerprint.vocabulary_size"
+        assert "300" in str(caught.value)
+        result = run(_generate(bf16.target.address, "none", prompt, PARAMS))
+        assert result.token_ids == expected[PARAMS]
+        foreign_draft.wait_until_free()
+
+    def test_auto(self, bf16, foreign_draft, prompt, expected):
+        """With `auto:` the generation goes on with n-gram and says why."""
+        result = run(_generate(bf16.target.address, f"auto:{foreign_draft.address}", prompt, PARAMS))
+        assert result.token_ids == expected[PARAMS]
+        check_lost(result, "draft.fingerprint.vocabulary_size")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("vocabulary_size", 4095),
+            ("vocabulary_sha256", "00" * 32),
+            ("special_tokens_sha256", "00" * 32),
+            ("eos_token_ids", [1, 2]),
+        ],
+    )
+    def test_every_field_counts(self, bf16, prompt, expected, field, value):
+        """Each part of the fingerprint by itself is reason enough."""
+        fingerprint = bf16.target.info().fingerprint
+        fingerprint.ClearField(field)
+        setattr(fingerprint, field, value) if not isinstance(value, list) else fingerprint.eos_token_ids.extend(value)
+        with serving(mute, fingerprint=fingerprint) as fake:
+            with pytest.raises(DraftMismatchError) as caught:
+                run(_generate(bf16.target.address, fake.address, prompt, PARAMS))
+            assert caught.value.field == f"draft.fingerprint.{field}"
+            result = run(_generate(bf16.target.address, f"auto:{fake.address}", prompt, PARAMS))
+            assert result.token_ids == expected[PARAMS]
+            assert fake.sessions == 0
+
+    def test_another_chat_template_does_not_matter(self, bf16, prompt, expected):
+        """Only the target renders chats."""
+        fingerprint = bf16.target.info().fingerprint
+        fingerprint.chat_template_sha256 = "00" * 32
+        with serving(prophet({prompt: expected[PARAMS]}), fingerprint=fingerprint) as fake:
+            result = run(_generate(bf16.target.address, fake.address, prompt, PARAMS))
+        assert result.token_ids == expected[PARAMS]
+        assert result.stats.accepted_by_source == {Source.MODEL: result.stats.proposed}
+
+
+def _make_foreign_model(directory):
+    """A tiny random Llama with a tokenizer of 300 made-up words."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = {"<|endoftext|>": 0, **{f"word{n}": n for n in range(1, 300)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    assert os.listdir(directory)
