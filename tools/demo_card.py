@@ -108,7 +108,7 @@ same time; a quiet machine gets through more tokens in the same minutes. The com
   warm up, hold, and fall to zero with the clock. Windows of {facts.length} tokens, and of {facts.long_length} in the
   last {facts.long_share:.0%} of the time. Positions go to {target["positions"]:,}, but beyond {facts.long_length} the
   models are untrained.
-- Draft: distilled from the target. A third of its tokens are corpus windows, the rest text that the target wrote
+- Draft: distilled from the target. Half of its tokens are corpus windows, half text that the target wrote
   itself after training prompts ({facts.sample_minutes:g} minutes of writing, two thirds of it greedy, one third at
   temperature 0.8). The loss mixes the divergence from the target's distribution with the target's likeliest token.
 """

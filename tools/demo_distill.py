@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, LlamaForCausalLM
 
-from demo_training import Run, TokenIds, logits_of, random_windows
+from demo_training import Run, TokenIds, logits_of, next_token_loss, random_windows
 
 Temperature = float
 
@@ -24,8 +24,8 @@ class SampleConfig:
     minutes: float
     seed: int
     length: int
-    rows: int = 96
-    prompts: tuple[int, ...] = (48, 128)
+    rows: int = 128
+    prompts: tuple[int, ...] = (32, 96)
     temperatures: tuple[Temperature, ...] = (0.0, 0.0, 0.8)
 
 
@@ -77,34 +77,41 @@ def distillation_loss(draft: Tensor, target: Tensor, hard_share: float) -> Tenso
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the draft learns from: the target, corpus stream, the target's own rows [n, length], and the loss's mix."""
+    """What the draft learns from: the target, corpus stream, the target's own rows [n, length], and the loss's mix.
+
+    For the first `plain_share` of the time it learns the text alone: greedy rows already say what the target would
+    choose, and a step without the target's logits takes a third of the time.
+    """
 
     target: LlamaForCausalLM
     stream: TokenIds
     samples: TokenIds
     hard_share: float
+    plain_share: float
     compiled: bool
 
 
 def fit_draft(run: Run, lesson: Lesson, report: Callable[[str], None]) -> None:
-    """Fits the draft on the target's own writing and, for a third of each step's tokens, on longer corpus windows."""
+    """Fits the draft on the target's own writing and, for half of each step's tokens, on longer corpus windows."""
     schedule, device = run.schedule, run.model.device
     loss_of = torch.compile(distillation_loss, dynamic=False) if lesson.compiled else distillation_loss
 
     def loss_on(ids: Tensor) -> Tensor:
+        if run.share < lesson.plain_share:
+            return next_token_loss(run.model, ids)
         with torch.no_grad():
-            wanted = logits_of(lesson.target, ids).flatten(0, 1)
-        loss: Tensor = loss_of(logits_of(run.model, ids).flatten(0, 1), wanted, lesson.hard_share)
+            wanted = logits_of(lesson.target, ids[:, :-1]).flatten(0, 1)
+        loss: Tensor = loss_of(logits_of(run.model, ids[:, :-1]).flatten(0, 1), wanted, lesson.hard_share)
         return loss
 
     def batch_loss(step: int, length: int) -> Tensor:
         rows = schedule.tokens_per_step // length
-        count = rows * length // (3 * schedule.long_length)
-        corpus = random_windows(lesson.stream, schedule.seed, step, count, schedule.long_length)[:, 1:]
+        count = max(1, rows * length // (2 * schedule.long_length))
+        corpus = random_windows(lesson.stream, schedule.seed, step, count, schedule.long_length)
         generator = np.random.default_rng((schedule.seed, step, 1))
-        picked = generator.integers(0, len(lesson.samples), rows - rows // 3)
+        picked = generator.integers(0, len(lesson.samples), rows - rows // 2)
         own = torch.from_numpy(lesson.samples[picked, :length].astype(np.int64))
-        total = loss_on(corpus.to(device)) / 3 + loss_on(own.to(device)) * 2 / 3
+        total = (loss_on(corpus.to(device)) + loss_on(own.to(device))) / 2
         total.backward()  # type: ignore[no-untyped-call]
         return total.detach()
 

@@ -61,16 +61,17 @@ class Config:
     muon_lr: float = field(default=0.02, metadata={"help": "peak learning rate of matrices inside layers"})
     adam_lr: float = field(default=0.004, metadata={"help": "peak learning rate of embeddings and norms"})
     weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices inside layers"})
-    sample_minutes: float = field(default=4.0, metadata={"help": "time the target writes text for the draft"})
-    sample_length: int = field(default=256, metadata={"help": "tokens in a row of that text"})
-    draft_minutes: float = field(default=14.0, metadata={"help": "time to distil the draft"})
-    draft_rows: int = field(default=24, metadata={"help": "rows of one draft step"})
+    sample_minutes: float = field(default=5.0, metadata={"help": "time the target writes text for the draft"})
+    sample_length: int = field(default=192, metadata={"help": "tokens in a row of that text"})
+    draft_minutes: float = field(default=15.0, metadata={"help": "time to distil the draft"})
+    draft_rows: int = field(default=32, metadata={"help": "rows of one draft step"})
     draft_adam_lr: float = field(
         default=0.006, metadata={"help": "peak learning rate of the draft's embeddings and norms"}
     )
     hard_share: float = field(
         default=0.4, metadata={"help": "weight of the target's likeliest token in the draft's loss"}
     )
+    plain_share: float = field(default=0.4, metadata={"help": "share of the draft's time before the target's logits"})
     continued: int = field(default=96, metadata={"help": "tokens written after a prompt when evaluating"})
     block: int = field(default=4, metadata={"help": "proposals in a block when evaluating"})
     compiled: bool = field(default=True, metadata={"help": "compile layers for training"})
@@ -188,7 +189,11 @@ def stage_draft(config: Config) -> None:
     run = Run(draft, draft_schedule_of(config), config.work / "draft.pt")
     report(f"draft: {sum(p.numel() for p in draft.parameters())} parameters, from step {run.progress.step}")
     samples: TokenIds = np.load(config.work / "samples.npy")
-    fit_draft(run, Lesson(target, load_stream(config), samples, config.hard_share, config.compiled), report)
+    fit_draft(
+        run,
+        Lesson(target, load_stream(config), samples, config.hard_share, config.plain_share, config.compiled),
+        report,
+    )
 
 
 def load_held_out(config: Config) -> list[Document]:

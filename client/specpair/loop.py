@@ -90,12 +90,15 @@ class Loop:
     def verify(self, ask: Ask, proposal: Proposal | None) -> Block:
         """The block for the target: the part of the proposal that answers the ask, which may be none of it."""
         token_ids, draft_probs = self._usable(ask, proposal)
+        source = Source.TARGET
+        if proposal is not None and token_ids:  # only the target itself may call a token the target's
+            source = Source.MODEL if proposal.source is Source.TARGET else proposal.source
         self._block = Block(
             round=ask.round,
             base_length=len(self.token_ids),
             last_token_id=self.token_ids[-1],
             token_ids=token_ids,
-            source=proposal.source if proposal is not None and token_ids else Source.TARGET,
+            source=source,
             draft_probs=draft_probs,
         )
         return self._block

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -72,6 +74,9 @@ _PHASE_OF = {
     common_pb2.PHASE_DRAINING: Phase.DRAINING,
     common_pb2.PHASE_FAILED: Phase.FAILED,
 }
+# What is the same on both sides, by name.
+_SCALARS = {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields} - {"rule", "logit_bias"}
+_PLAIN_INFO = {field.name for field in fields(ModelInfo)} - {"phase", "fingerprint", "proposers"}
 
 
 # --- requests to the target
@@ -196,27 +201,12 @@ def propose_response(response: draft_pb2.ProposeResponse) -> DraftStarted | Prop
 
 def model_info(info: common_pb2.ModelInfo) -> ModelInfo:
     """What a service runs."""
+    plain: dict[str, Any] = {name: getattr(info, name) for name in _PLAIN_INFO}
     return ModelInfo(
-        model=info.model,
         phase=_PHASE_OF.get(info.phase, Phase.UNSPECIFIED),
-        progress=info.progress,
-        detail=info.detail,
         fingerprint=_fingerprint(info.fingerprint) if info.HasField("fingerprint") else None,
-        architecture=info.architecture,
-        parameters=info.parameters,
-        dtype=info.dtype,
-        quantization=info.quantization,
-        device=info.device,
-        attn_implementation=info.attn_implementation,
-        compiled=info.compiled,
-        verify_width=info.verify_width,
-        max_length=info.max_length,
-        slots=info.slots,
-        slots_in_use=info.slots_in_use,
-        recompilations=info.recompilations,
-        version=info.version,
         proposers=tuple(_SOURCE_OF[number] for number in info.proposers if number in _SOURCE_OF),
-        chat=info.chat,
+        **plain,
     )
 
 
@@ -295,18 +285,7 @@ def _fill_sampling(message: common_pb2.SamplingParams, params: SamplingParams, p
             message.rule = _RULES[AcceptanceRule(params.rule)]
         except ValueError:
             raise InvalidRequestError(f"must be one of {', '.join(AcceptanceRule)}", field=f"{path}rule") from None
-    for field in (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "seed",
-        "max_new_tokens",
-        "min_new_tokens",
-    ):
+    for field in _SCALARS:
         _set(message, field, getattr(params, field), path)
     for token_id, bias in (params.logit_bias or {}).items():
         try:

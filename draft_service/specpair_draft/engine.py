@@ -13,9 +13,8 @@ from typing import TypeVar
 from specpair.errors import InvalidRequestError, UnsupportedError
 from specpair.v1.common_pb2 import Source
 from specpair_draft.config import DraftConfig
-from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, NgramProposer, Proposer
+from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, NgramProposer, Proposal, Proposer
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
-from specpair_runtime.sampling.params import SamplingParams
 from specpair_runtime.serving import ServiceStatus
 from specpair_runtime.slots import SlotPool
 
@@ -26,9 +25,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timed:
-    """Ids that a proposer proposed, the time they waited for the engine and the time they took."""
+    """What a proposer proposed, the time that it waited for the engine and the time that it took."""
 
-    token_ids: list[int]
+    proposal: Proposal
     queue_us: int
     draft_us: int
 
@@ -55,9 +54,7 @@ class Engine:
         return ([Source.SOURCE_MODEL] if self.model is not None else []) + [Source.SOURCE_NGRAM]
 
     @asynccontextmanager
-    async def proposer(
-        self, source: Source.ValueType, params: SamplingParams, patience: float | None
-    ) -> AsyncIterator[Proposer]:
+    async def proposer(self, source: Source.ValueType, patience: float | None) -> AsyncIterator[Proposer]:
         """A proposer for one session; a model's holds a slot until the context ends.
 
         `patience` is the caller's time in seconds. Raises OverloadedError when no slot becomes free in it, and
@@ -73,7 +70,8 @@ class Engine:
             raise InvalidRequestError("this service has no model", field="start.proposer")
         slot = await self.pool.acquire(min(patience or self._config.queue_timeout, self._config.queue_timeout))
         try:
-            yield ModelProposer(self.model.runner, slot, self._config.prefill_chunk, params)
+            stop_ids = self.model.loaded.fingerprint.eos_token_ids
+            yield ModelProposer(self.model.runner, slot, self._config.prefill_chunk, stop_ids)
         finally:
             # Work under way for this slot ends before the next owner's begins: one thread does both.
             self.pool.release(slot)
@@ -88,8 +86,8 @@ class Engine:
 
         def work() -> Timed:
             began = time.perf_counter_ns()
-            token_ids = proposer.propose(max_tokens)
-            return Timed(token_ids, (began - queued) // 1000, (time.perf_counter_ns() - began) // 1000)
+            proposal = proposer.propose(max_tokens)
+            return Timed(proposal, (began - queued) // 1000, (time.perf_counter_ns() - began) // 1000)
 
         return await self._run(work)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,13 +12,33 @@ from specpair.ngram import NgramIndex
 from specpair.v1.common_pb2 import Source
 from specpair_runtime.models.runner import ModelRunner
 from specpair_runtime.sampling.choice import choose
-from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
+from specpair_runtime.sampling.history import TokenHistory
+from specpair_runtime.sampling.params import GREEDY, SamplingBatch, SamplingParams
+from specpair_runtime.sampling.processors import process
+from specpair_runtime.sampling.rejection import SparseProbs, propose_by_rejection
 
-__all__ = ["STEP_WIDTHS", "ModelProposer", "NgramProposer", "Proposer"]
+__all__ = ["STEP_WIDTHS", "ModelProposer", "NgramProposer", "Proposal", "Proposer", "Turn"]
 
 # Rows of a draft step: one, or up to so many to catch up with what the target committed.
 _CATCH_UP = 8
 STEP_WIDTHS = (1, _CATCH_UP)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn begins with: the session's tokens, how many of them are prompt, and the target's parameters."""
+
+    token_ids: Sequence[int]
+    prompt_length: int
+    params: SamplingParams = GREEDY
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Guessed ids; under the rejection rule with the distributions that they were sampled from."""
+
+    token_ids: list[int]
+    draft_probs: list[SparseProbs]
 
 
 class Proposer(Protocol):
@@ -32,6 +53,10 @@ class Proposer(Protocol):
         """Tokens that it follows now."""
         ...
 
+    def begin(self, turn: Turn) -> None:
+        """Starts a turn."""
+        ...
+
     def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
         """Replaces the tokens from a position on, 0 <= from_position <= length."""
         ...
@@ -40,30 +65,43 @@ class Proposer(Protocol):
         """Does what can be done before the first round."""
         ...
 
-    def propose(self, max_tokens: int) -> list[int]:
+    def propose(self, max_tokens: int) -> Proposal:
         """Up to `max_tokens` ids that may come next."""
         ...
 
 
 class ModelProposer:
-    """Decodes ahead with a model, with the target's processors and the target's noise."""
+    """Decodes ahead with a model, with the target's processors, and under the coupled rule with the target's noise.
+
+    `stop_ids` are the ids that the model ends a sequence with.
+    """
 
     source = Source.SOURCE_MODEL
 
-    def __init__(self, runner: ModelRunner, slot: int, prefill_chunk: int, params: SamplingParams) -> None:
+    def __init__(self, runner: ModelRunner, slot: int, prefill_chunk: int, stop_ids: Collection[int] = ()) -> None:
         self.max_length = runner.max_length
         self._runner = runner
         self._slot = slot
         self._prefill_chunk = prefill_chunk
-        self._params = SamplingBatch.of([params], runner.device)
+        self._stop_ids = stop_ids
         self._tokens: list[int] = []
         # The ids whose KV is in the slot: at first what was committed, then what was guessed on from there.
         self._cached: list[int] = []
+        self._turn = Turn((), 0)
+        self._params = SamplingBatch.of([GREEDY], runner.device)
+        self._history: TokenHistory | None = None
 
     @property
     def length(self) -> int:
         """Tokens that it follows now."""
         return len(self._tokens)
+
+    def begin(self, turn: Turn) -> None:
+        """Starts a turn; the KV of what it shares with the last one stays."""
+        self._turn = turn
+        self._params = SamplingBatch.of([turn.params], self._runner.device)
+        self._history = None
+        self.follow(0, turn.token_ids)
 
     def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
         """Replaces the tokens from a position on; the KV of guesses that came true stays."""
@@ -75,20 +113,8 @@ class ModelProposer:
             agreed += 1
         # The last token is fed again, because its logits are what is asked for next.
         self._cached = self._cached[: min(agreed, len(self._tokens) - 1)]
-
-    def propose(self, max_tokens: int) -> list[int]:
-        """Up to `max_tokens` ids, fewer where the slot ends; the forward passes of one round."""
-        room = self.max_length - len(self._tokens) + 1
-        proposal: list[int] = []
-        if room <= 0:
-            return proposal
-        self.prefill()
-        pending = self._tokens[len(self._cached) :]
-        while len(proposal) < min(max_tokens, room):
-            token = self._decode(pending)
-            proposal.append(token)
-            pending = [token]
-        return proposal
+        if self._history is not None and self._history.length > from_position:
+            self._history = None
 
     def prefill(self) -> None:
         """Feeds all but the last few tokens in chunks; nothing is fed that does not fit the slot."""
@@ -100,8 +126,21 @@ class ModelProposer:
             self._runner.prefill(self._slot, chunk, start)
             self._cached += chunk
 
-    def _decode(self, token_ids: Sequence[int]) -> int:
-        """Feeds ids and chooses the one behind them."""
+    def propose(self, max_tokens: int) -> Proposal:
+        """Up to `max_tokens` ids, fewer where the slot ends; the forward passes of one round."""
+        room = self.max_length - len(self._tokens) + 1
+        proposal = Proposal([], [])
+        if room <= 0:
+            return proposal
+        self.prefill()
+        pending = self._tokens[len(self._cached) :]
+        while len(proposal.token_ids) < min(max_tokens, room):
+            logits = self._decode(pending)
+            pending = [self._choose(logits, proposal)]
+        return proposal
+
+    def _decode(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Feeds ids; the logits behind the last of them, [1, vocabulary]."""
         width = 1 if len(token_ids) == 1 else _CATCH_UP
         start = len(self._cached)
         slots = self._runner.slot_range([self._slot])
@@ -112,9 +151,34 @@ class ModelProposer:
         starts[own] = start
         logits = self._runner.logits(slots.start, rows, starts, self._runner.bucket(start, width))
         self._cached += token_ids
-        last = logits[None, own, len(token_ids) - 1, None]  # [1, 1, vocabulary]
-        position = torch.full((1, 1), len(self._cached), device=logits.device)
-        return int(choose(last, position, self._params))
+        return logits[own, len(token_ids) - 1, None]
+
+    def _choose(self, logits: torch.Tensor, proposal: Proposal) -> int:
+        """The next guess, added to the proposal."""
+        positions = torch.full((1, 1), len(self._cached), device=logits.device)
+        if self._turn.params.needs_history:
+            guessed = torch.tensor(proposal.token_ids, dtype=torch.int64, device=logits.device)
+            logits = self._caught_up_history().apply(logits.float(), guessed, positions[0])
+        if self._params.any_rejection:
+            scores = process(logits[None].float(), self._params)
+            token, sampled_from = propose_by_rejection(scores, positions, self._params)
+            proposal.draft_probs.append(sampled_from)
+        else:
+            token = int(choose(logits[None], positions, self._params))
+        proposal.token_ids.append(token)
+        return token
+
+    def _caught_up_history(self) -> TokenHistory:
+        if self._history is None:
+            self._history = TokenHistory(
+                self._turn.params,
+                self._tokens[: self._turn.prompt_length],
+                self._stop_ids,
+                self._runner.vocabulary,
+                self._runner.device,
+            )
+        self._history.extend(self._tokens[self._history.length :])
+        return self._history
 
 
 class NgramProposer:
@@ -132,6 +196,10 @@ class NgramProposer:
         """Tokens that it follows now."""
         return len(self._tokens)
 
+    def begin(self, turn: Turn) -> None:
+        """Starts a turn."""
+        self.follow(0, turn.token_ids)
+
     def follow(self, from_position: int, token_ids: Sequence[int]) -> None:
         """Replaces the tokens from a position on."""
         if from_position < len(self._tokens):
@@ -143,6 +211,6 @@ class NgramProposer:
     def prefill(self) -> None:
         """Nothing to do: the index is kept as tokens come."""
 
-    def propose(self, max_tokens: int) -> list[int]:
+    def propose(self, max_tokens: int) -> Proposal:
         """What followed the last occurrence of the longest n-gram at the end."""
-        return self._index.lookup(max_tokens)
+        return Proposal(self._index.lookup(max_tokens), [])

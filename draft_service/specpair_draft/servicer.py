@@ -13,8 +13,9 @@ from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 from specpair_draft import wire
 from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
+from specpair_draft.proposers import Proposer, Turn
 from specpair_runtime.serving import ServiceStatus, annotate
-from specpair_runtime.wire import describe_model, read_sampling
+from specpair_runtime.wire import describe_model
 
 __all__ = ["DraftServicer"]
 
@@ -68,31 +69,29 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             return
         if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message must be start", field="message")
-        start = first.start
         vocabulary = engine.model.runner.vocabulary if engine.model is not None else None
-        wire.check_start(start, vocabulary)
-        params = read_sampling(start.sampling, "start.sampling")
-        async with engine.proposer(start.proposer, params, context.time_remaining()) as proposer:
-            annotate(session_id=start.session_id, source=common_pb2.Source.Name(proposer.source))
-            proposer.follow(0, start.token_ids)
-            started = draft_pb2.ProposeStarted(proposer=proposer.source, max_length=proposer.max_length)
-            yield draft_pb2.ProposeResponse(started=started)
-            await engine.prefill(proposer)
+        turn = wire.read_turn(first.start, vocabulary)
+        async with engine.proposer(first.start.proposer, context.time_remaining()) as proposer:
+            annotate(session_id=first.start.session_id, source=common_pb2.Source.Name(proposer.source))
+            yield await _begin(engine, proposer, turn)
             rounds = proposed = 0
             async for request in requests:
+                if request.WhichOneof("message") == "start":
+                    yield await _begin(engine, proposer, wire.read_turn(request.start, vocabulary))
+                    continue
                 ask = wire.check_ask(request, proposer.length, vocabulary)
                 proposer.follow(ask.from_position, ask.token_ids)
                 timed = await engine.propose(proposer, ask.max_tokens)
                 rounds += 1
-                proposed += len(timed.token_ids)
+                proposed += len(timed.proposal.token_ids)
                 annotate(rounds=rounds, proposed=proposed)
-                yield draft_pb2.ProposeResponse(
-                    proposal=draft_pb2.Proposal(
-                        round=ask.round,
-                        base_length=proposer.length,
-                        token_ids=timed.token_ids,
-                        source=proposer.source,
-                        queue_us=timed.queue_us,
-                        draft_us=timed.draft_us,
-                    )
-                )
+                yield wire.proposal_message(ask, proposer, timed)
+
+
+async def _begin(engine: Engine, proposer: Proposer, turn: Turn) -> draft_pb2.ProposeResponse:
+    """Starts a turn and prefills it: the first ask then finds the slot ready."""
+    proposer.begin(turn)
+    await engine.prefill(proposer)
+    return draft_pb2.ProposeResponse(
+        started=draft_pb2.ProposeStarted(proposer=proposer.source, max_length=proposer.max_length)
+    )

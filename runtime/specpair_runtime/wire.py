@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NoReturn
 
-from specpair.errors import InvalidRequestError, UnsupportedError
+from specpair.errors import InvalidRequestError
 from specpair.v1 import common_pb2
 from specpair_runtime.models.serving_model import ServingModel
 from specpair_runtime.sampling.params import SamplingParams
@@ -13,36 +14,66 @@ from specpair_runtime.sampling.params import SamplingParams
 __all__ = ["check_token_ids", "describe_model", "read_sampling"]
 
 _MAX_TEMPERATURE = 100.0
+_MAX_REPETITION_PENALTY = 100.0
+_MAX_BIAS = 1000.0
+_MAX_BIASES = 1024
 
 
-def read_sampling(message: common_pb2.SamplingParams, field: str) -> SamplingParams:
-    """Checked sampling parameters. Raises InvalidRequestError that names the field below the path `field`."""
-    if message.rule == common_pb2.ACCEPTANCE_RULE_REJECTION:
-        raise UnsupportedError("the rejection rule is not available; use the coupled rule", field=f"{field}.rule")
-    _refuse_unavailable(message, field)
-    temperature = message.temperature if message.HasField("temperature") else 0.0
-    if not (math.isfinite(temperature) and 0.0 <= temperature <= _MAX_TEMPERATURE):
+def read_sampling(message: common_pb2.SamplingParams, vocabulary: int | None, field: str) -> SamplingParams:
+    """Checked sampling parameters. Raises InvalidRequestError that names the field below the path `field`.
+
+    `vocabulary` None takes any id in `logit_bias`.
+    """
+    read = _Numbers(message, field)
+    if vocabulary is not None:
+        check_token_ids(sorted(message.logit_bias), vocabulary, f"{field}.logit_bias")
+    bias = tuple(sorted(message.logit_bias.items()))
+    if len(bias) > _MAX_BIASES or not all(abs(value) <= _MAX_BIAS for _, value in bias):
         raise InvalidRequestError(
-            f"must be between 0 and {_MAX_TEMPERATURE:g}, not {temperature:g}", field=f"{field}.temperature"
+            f"must be at most {_MAX_BIASES} numbers between -{_MAX_BIAS:g} and {_MAX_BIAS:g}",
+            field=f"{field}.logit_bias",
         )
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidRequestError(f"must be above 0 and at most 1, not {top_p:g}", field=f"{field}.top_p")
-    return SamplingParams(temperature=temperature, top_k=message.top_k, top_p=top_p, seed=_signed(message.seed))
+    return SamplingParams(
+        temperature=read.between("temperature", 0.0, _MAX_TEMPERATURE, default=0.0),
+        top_k=message.top_k,
+        top_p=read.above("top_p", 0.0, 1.0, default=1.0),
+        min_p=read.between("min_p", 0.0, 1.0, default=0.0),
+        seed=_signed(message.seed),
+        rejection=message.rule == common_pb2.ACCEPTANCE_RULE_REJECTION,
+        repetition_penalty=read.above("repetition_penalty", 0.0, _MAX_REPETITION_PENALTY, default=1.0),
+        presence_penalty=read.between("presence_penalty", -2.0, 2.0, default=0.0),
+        frequency_penalty=read.between("frequency_penalty", -2.0, 2.0, default=0.0),
+        logit_bias=bias,
+        min_new_tokens=message.min_new_tokens,
+    )
 
 
-def _refuse_unavailable(message: common_pb2.SamplingParams, field: str) -> None:
-    asked = {
-        "min_p": message.min_p != 0.0,
-        "repetition_penalty": message.HasField("repetition_penalty") and message.repetition_penalty != 1.0,
-        "presence_penalty": message.presence_penalty != 0.0,
-        "frequency_penalty": message.frequency_penalty != 0.0,
-        "logit_bias": bool(message.logit_bias),
-        "min_new_tokens": message.min_new_tokens > 0,
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise UnsupportedError("not available", field=f"{field}.{name}")
+_Float = Literal["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Reads the optional floats of a message within bounds; NaN is within none."""
+
+    message: common_pb2.SamplingParams
+    field: str
+
+    def between(self, name: _Float, least: float, most: float, *, default: float) -> float:
+        """A number in [least, most]."""
+        value: float = getattr(self.message, name) if self.message.HasField(name) else default
+        if not least <= value <= most:
+            self._refuse(name, value, f"between {least:g} and {most:g}")
+        return value
+
+    def above(self, name: _Float, least: float, most: float, *, default: float) -> float:
+        """A number in (least, most]."""
+        value: float = getattr(self.message, name) if self.message.HasField(name) else default
+        if not least < value <= most:
+            self._refuse(name, value, f"above {least:g} and at most {most:g}")
+        return value
+
+    def _refuse(self, name: str, value: float, bounds: str) -> NoReturn:
+        raise InvalidRequestError(f"must be {bounds}, not {value:g}", field=f"{self.field}.{name}")
 
 
 def check_token_ids(ids: Iterable[int], vocabulary: int, field: str) -> None:

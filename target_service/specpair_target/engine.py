@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from specpair.errors import InvalidRequestError
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
+from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_runtime.serving import ServiceStatus
 from specpair_runtime.slots import SlotPool
 from specpair_target.config import TargetConfig
@@ -67,9 +68,11 @@ class Engine:
         self._scheduler.open(session)
         return session
 
-    async def verify(self, session: Session, proposal: Sequence[int]) -> Verification:
+    async def verify(
+        self, session: Session, proposal: Sequence[int], draft_probs: Sequence[SparseProbs] = ()
+    ) -> Verification:
         """Judges a proposal that continues the session. Raises InternalError, OverloadedError or UnavailableError."""
-        return await asyncio.wrap_future(self._scheduler.submit(session, proposal))
+        return await asyncio.wrap_future(self._scheduler.submit(session, proposal, draft_probs))
 
     def close(self, session: Session) -> None:
         """Ends a session and frees its slot; a second call does nothing."""

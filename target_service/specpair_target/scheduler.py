@@ -13,6 +13,8 @@ import structlog
 import torch
 
 from specpair.errors import InternalError, OverloadedError, SpecpairError, UnavailableError
+from specpair_runtime.sampling.history import TokenHistory
+from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_target.sessions import Session
 from specpair_target.verifier import Judgement, Row, Verifier
 
@@ -32,6 +34,7 @@ class Verification:
 class _Work:
     session: Session
     proposal: Sequence[int]
+    draft_probs: Sequence[SparseProbs]
     answer: Future[Verification]
     queued_ns: int = field(default_factory=time.perf_counter_ns)
 
@@ -75,9 +78,11 @@ class Scheduler:
             self._prefills.append(session)
             self._wake.notify()
 
-    def submit(self, session: Session, proposal: Sequence[int]) -> Future[Verification]:
+    def submit(
+        self, session: Session, proposal: Sequence[int], draft_probs: Sequence[SparseProbs] = ()
+    ) -> Future[Verification]:
         """Queues a block of at most width - 1 proposals; a session has one block in the queue at a time."""
-        work = _Work(session, proposal, Future())
+        work = _Work(session, proposal, draft_probs, Future())
         with self._wake:
             if self._stopping:
                 raise UnavailableError("the target stops")
@@ -168,9 +173,30 @@ class Scheduler:
         """
         session = work.session
         if session.caught_up:
-            token_ids = [session.tokens[-1], *work.proposal]
-            return Row(session.kv_length, token_ids[: length - session.kv_length], session.options.sampling)
+            token_ids = [session.tokens[-1], *work.proposal][: length - session.kv_length]
+            return Row(
+                start=session.kv_length,
+                token_ids=token_ids,
+                params=session.options.sampling,
+                history=self._history(session),
+                draft_probs=work.draft_probs[: len(token_ids) - 1],
+                top_logprobs=session.options.top_logprobs,
+            )
         return Row(session.kv_length, session.tokens[session.kv_length : self._replay_end(session, length)])
+
+    def _history(self, session: Session) -> TokenHistory | None:
+        if not session.options.sampling.needs_history:
+            return None
+        if session.history is None:
+            session.history = TokenHistory(
+                session.options.sampling,
+                session.tokens[: session.prompt_length],
+                session.options.stop_token_ids,
+                self._runner.vocabulary,
+                self._runner.device,
+            )
+        session.history.extend(session.tokens[session.history.length :])
+        return session.history
 
     def _replay_end(self, session: Session, length: int) -> int:
         return min(session.kv_length + self._verifier.width, len(session.tokens) - 1, length)

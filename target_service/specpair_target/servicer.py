@@ -69,19 +69,21 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             return
         if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message must be start", field="message")
+        limits = self._limits(engine)
         async with self._session(engine, first.start, "start.", context) as (session, started):
             yield target_pb2.VerifyResponse(started=started)
             rounds = accepted = 0
             async for request in requests:
-                block = wire.read_block(request, self._limits(engine))
+                block = wire.read_block(request, limits)
                 if session.finish_reason:
                     raise ProtocolError("the turn has ended", field="block")
                 if not _continues(block, session):
                     yield wire.stale(block, session)
                     continue
                 base_length = session.length
-                verification = await engine.verify(session, block.token_ids)
-                commit = session.commit(verification.judgement.choices)
+                draft_probs = wire.read_draft_probs(block, session.options.sampling, limits)
+                verification = await engine.verify(session, block.token_ids, draft_probs)
+                commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
                 response = wire.verdict(block, base_length, verification, commit, engine.pool.in_use)
                 rounds += 1
                 accepted += response.verdict.accepted
@@ -97,7 +99,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             yield target_pb2.GenerateResponse(started=started)
             verification = await engine.verify(session, ())
             while True:
-                commit = session.commit(verification.judgement.choices)
+                commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
                 if session.finish_reason:
                     annotate(output_tokens=session.length - session.prompt_length)
                     yield target_pb2.GenerateResponse(committed=wire.committed_message(commit))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from specpair.errors import SpecpairError
 from specpair.v1.common_pb2 import FinishReason
+from specpair_runtime.sampling.history import TokenHistory
+from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import GREEDY, SamplingParams
 from specpair_target.text import TextStream
 
@@ -15,9 +17,13 @@ __all__ = ["Commit", "Session", "TurnOptions"]
 
 @dataclass(frozen=True)
 class TurnOptions:
-    """How one turn is sampled and what ends it. `max_new_tokens` None: when the cache is full."""
+    """How one turn is sampled, what is reported of it, and what ends it.
+
+    `top_logprobs` None reports no log probabilities; `max_new_tokens` None ends the turn when the cache is full.
+    """
 
     sampling: SamplingParams = GREEDY
+    top_logprobs: int | None = None
     max_new_tokens: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
@@ -25,18 +31,20 @@ class TurnOptions:
 
 @dataclass(frozen=True)
 class Commit:
-    """Tokens that became part of the output, and the text of each."""
+    """Tokens that became part of the output, the text of each, and the log probabilities of each if asked for."""
 
     token_ids: list[int]
     texts: list[str]
+    logprobs: Sequence[PositionLogprobs]
     finish_reason: FinishReason.ValueType
     stop_string: str
 
 
 @dataclass
 class Session:
-    """One stream's state. The engine thread sets `kv_length` and `failure`; everything else belongs to the event loop.
+    """One stream's state.
 
+    The engine thread sets `kv_length`, `failure` and `history`; everything else belongs to the event loop.
     `tokens` are all committed tokens. The KV of the first `kv_length` of them is in the slot; between two steps that
     is all but the last one, whose logits the next step asks for.
     """
@@ -52,6 +60,7 @@ class Session:
     finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
     closed: bool = False
     failure: SpecpairError | None = None
+    history: TokenHistory | None = None
 
     @property
     def length(self) -> int:
@@ -68,7 +77,7 @@ class Session:
         """Whether the slot holds the KV of all tokens but the last one."""
         return self.kv_length == len(self.tokens) - 1
 
-    def commit(self, token_ids: Sequence[int]) -> Commit:
+    def commit(self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs] = ()) -> Commit:
         """Appends tokens one by one until one of them ends the turn; what comes after it never happened."""
         committed: list[int] = []
         texts: list[str] = []
@@ -84,7 +93,7 @@ class Session:
                 break
         if self.finish_reason and self.text is not None:
             texts[-1] += self.text.flush()
-        return Commit(committed, texts, self.finish_reason, stop_string)
+        return Commit(committed, texts, logprobs[: len(committed)], self.finish_reason, stop_string)
 
     def _finish_reason(self, token_id: int, stop_string: str) -> FinishReason.ValueType:
         if token_id in self.options.stop_token_ids:

@@ -1,7 +1,7 @@
 """The verify step: judges the proposals of several sessions in one forward pass.
 
-Leviathan, Kalman, Matias 2023 (arXiv:2211.17192), Algorithm 1, with the coupled rule of Daliri, Musco, Suresh 2024
-(arXiv:2408.07978) in place of the ratio test.
+Leviathan, Kalman, Matias 2023 (arXiv:2211.17192), Algorithm 1; by default with the coupled rule of Daliri, Musco,
+Suresh 2024 (arXiv:2408.07978) in place of the ratio test.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from specpair_runtime.models.runner import ModelRunner
-from specpair_runtime.sampling.acceptance import accepted_lengths
-from specpair_runtime.sampling.choice import choose
+from specpair_runtime.sampling.acceptance import accepted_lengths, leading
+from specpair_runtime.sampling.choice import sample
+from specpair_runtime.sampling.history import TokenHistory, apply_histories
+from specpair_runtime.sampling.logprobs import PositionLogprobs, read_logprobs
 from specpair_runtime.sampling.params import GREEDY, SamplingBatch, SamplingParams
+from specpair_runtime.sampling.processors import process
+from specpair_runtime.sampling.rejection import SparseProbs, judge_by_rejection
 
 __all__ = ["Judgement", "Row", "Verifier"]
 
@@ -24,25 +28,31 @@ __all__ = ["Judgement", "Row", "Verifier"]
 class Row:
     """One slot's part of a step: `token_ids` go to positions from `start` on, padded to the width.
 
-    The first id is the last committed token, the others are proposals.
+    The first id is the last committed token, the others are proposals. `draft_probs` are what those were sampled from,
+    for the rejection rule. `top_logprobs` asks for log probabilities: of the chosen token and of so many others.
     """
 
     start: int
     token_ids: Sequence[int]
     params: SamplingParams = GREEDY
+    history: TokenHistory | None = None
+    draft_probs: Sequence[SparseProbs] = ()
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the target says to one row: its own `choices`, of which the first `accepted` equal the proposals.
+    """What the target says to one row: the first `accepted` proposals, and one token of its own behind them.
 
-    `finite` is False when the logits held NaN or no finite value, in which case the choices mean nothing.
+    `finite` is False when the logits held NaN or no finite value, in which case the tokens mean nothing. `logprobs` has
+    an entry for each token, or none.
     """
 
     accepted: int
-    choices: list[int]
+    token_ids: list[int]
     finite: bool
     forward_us: int
+    logprobs: list[PositionLogprobs]
 
 
 class Verifier:
@@ -57,20 +67,50 @@ class Verifier:
         began = time.perf_counter_ns()
         token_ids = torch.tensor([self._pad(row.token_ids) for row in rows])  # [batch, width]
         starts = torch.tensor([row.start for row in rows])  # [batch]
-        counts = torch.tensor([len(row.token_ids) - 1 for row in rows])  # [batch]
         logits = self.runner.logits(first_slot, token_ids, starts, length)  # [batch, width, vocabulary]
 
         device = logits.device
-        positions = (starts[:, None] + 1 + torch.arange(self.width)).to(device)  # of the chosen tokens
-        params = SamplingBatch.of([row.params for row in rows], device)
-        choices = choose(logits, positions, params)  # [batch, width]
-        accepted = accepted_lengths(choices, token_ids[:, 1:].to(device), counts.to(device))  # [batch]
+        proposed = token_ids[:, 1:].to(device)  # [batch, width - 1]
+        positions = (starts[:, None] + 1 + torch.arange(self.width)).to(device)  # of the tokens to choose
+        counts = torch.tensor([len(row.token_ids) - 1 for row in rows], device=device)  # [batch]
+        accepted, choices = self._judge(logits.float(), proposed, positions, counts, rows)
         finite = logits.amax(dim=-1).isfinite().all(dim=-1)  # [batch]
 
         # The one copy from device to host, [batch, 2 + width].
         verdicts = torch.cat([accepted[:, None], finite[:, None], choices], dim=1).tolist()
+        spoken = [
+            [*row.token_ids[1 : said[0] + 1], said[2 + said[0]]] for row, said in zip(rows, verdicts, strict=True)
+        ]
+        logprobs = read_logprobs(logits, spoken, [row.top_logprobs for row in rows])
         forward_us = (time.perf_counter_ns() - began) // 1000
-        return [Judgement(row[0], row[2 : row[0] + 3], bool(row[1]), forward_us) for row in verdicts]
+        return [
+            Judgement(said[0], tokens, bool(said[1]), forward_us, known)
+            for said, tokens, known in zip(verdicts, spoken, logprobs, strict=True)
+        ]
+
+    def _judge(
+        self,
+        logits: torch.Tensor,
+        proposed: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        rows: Sequence[Row],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many proposals each row accepts, [batch], and the target's own token at each place, [batch, width]."""
+        params = SamplingBatch.of([row.params for row in rows], logits.device)
+        scores = apply_histories(logits, proposed, positions, [row.history for row in rows])
+        if not params.any_sampled:
+            choices = scores.argmax(dim=-1)
+            return accepted_lengths(choices, proposed, counts), choices
+        scores = process(scores, params)
+        choices = sample(scores, positions, params)
+        accepted = accepted_lengths(choices, proposed, counts)
+        if params.any_rejection:
+            draft_probs = [row.draft_probs for row in rows]
+            kept, replaced = judge_by_rejection(scores, proposed, counts, positions, params, draft_probs)
+            accepted = torch.where(params.rejection, leading(kept, counts), accepted)
+            choices = torch.where(params.rejection[:, None], replaced, choices)
+        return accepted, choices
 
     def _pad(self, token_ids: Sequence[int]) -> list[int]:
         return [*token_ids, *[0] * (self.width - len(token_ids))]

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from specpair.errors import InvalidRequestError, ProtocolError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2
+from specpair_runtime.sampling.logprobs import PositionLogprobs
+from specpair_runtime.sampling.params import SamplingParams
+from specpair_runtime.sampling.rejection import MAX_SUPPORT, SparseProbs
 from specpair_runtime.wire import check_token_ids, read_sampling
 from specpair_target.scheduler import Verification
 from specpair_target.sessions import Commit, Session, TurnOptions
@@ -18,6 +21,7 @@ __all__ = [
     "committed_message",
     "read_block",
     "read_committed",
+    "read_draft_probs",
     "read_prompt",
     "read_turn",
     "stale",
@@ -27,6 +31,9 @@ __all__ = [
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_STOP_IDS = 64
+_MAX_TOP_LOGPROBS = 20
+# Rounding of float32 probabilities that were normalised elsewhere.
+_PROBS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,24 @@ def read_turn(
 ) -> TurnOptions:
     """Sampling and stop criteria of a turn. `text` says whether the model has a tokenizer."""
     sampling, stop = request.sampling, request.stop
-    if request.logprobs.enabled or request.logprobs.top_n:
-        raise UnsupportedError("not available", field=f"{prefix}logprobs")
     max_new_tokens = sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None
     if max_new_tokens == 0:
         raise InvalidRequestError("must be at least 1", field=f"{prefix}sampling.max_new_tokens")
     _check_stop(stop, limits, text, f"{prefix}stop")
     eos = frozenset() if stop.ignore_eos else limits.eos_token_ids
     return TurnOptions(
-        sampling=read_sampling(sampling, f"{prefix}sampling"),
+        sampling=read_sampling(sampling, limits.vocabulary, f"{prefix}sampling"),
+        top_logprobs=_read_logprobs(request.logprobs, f"{prefix}logprobs"),
         max_new_tokens=max_new_tokens,
         stop_token_ids=eos | frozenset(stop.stop_token_ids),
         stop_strings=tuple(stop.stop_strings),
     )
+
+
+def _read_logprobs(options: common_pb2.LogprobsOptions, field: str) -> int | None:
+    if options.top_n > _MAX_TOP_LOGPROBS:
+        raise InvalidRequestError(f"at most {_MAX_TOP_LOGPROBS}", field=f"{field}.top_n")
+    return options.top_n if options.enabled or options.top_n else None
 
 
 def _check_stop(stop: common_pb2.StopCriteria, limits: Limits, text: bool, field: str) -> None:
@@ -135,9 +147,37 @@ def read_block(request: target_pb2.VerifyRequest, limits: Limits) -> target_pb2.
             f"{len(block.token_ids)} ids are more than a block's {limits.block}", field="block.token_ids"
         )
     check_token_ids(block.token_ids, limits.vocabulary, "block.token_ids")
-    if block.draft_probs:
-        raise UnsupportedError("only the rejection rule takes them", field="block.draft_probs")
     return block
+
+
+def read_draft_probs(block: target_pb2.Block, sampling: SamplingParams, limits: Limits) -> list[SparseProbs]:
+    """What the proposals of a block were sampled from; none for a proposer that is certain of them."""
+    if not block.draft_probs:
+        return []
+    if not sampling.rejection:
+        raise InvalidRequestError("only the rejection rule takes them", field="block.draft_probs")
+    if len(block.draft_probs) != len(block.token_ids):
+        raise InvalidRequestError("must have one entry for each of token_ids", field="block.draft_probs")
+    return [
+        _read_distribution(message, proposed, limits, f"block.draft_probs[{index}]")
+        for index, (message, proposed) in enumerate(zip(block.draft_probs, block.token_ids, strict=True))
+    ]
+
+
+def _read_distribution(
+    message: common_pb2.SparseDistribution, proposed: int, limits: Limits, field: str
+) -> SparseProbs:
+    ids, probs = list(message.token_ids), list(message.probs)
+    if len(ids) != len(probs):
+        raise InvalidRequestError("must be as long as token_ids", field=f"{field}.probs")
+    if len(ids) > MAX_SUPPORT or len(set(ids)) != len(ids):
+        raise InvalidRequestError(f"must be at most {MAX_SUPPORT} different ids", field=f"{field}.token_ids")
+    check_token_ids(ids, limits.vocabulary, f"{field}.token_ids")
+    if not all(0.0 <= prob <= 1.0 + _PROBS_TOLERANCE for prob in probs) or abs(sum(probs) - 1) > _PROBS_TOLERANCE:
+        raise InvalidRequestError("must be probabilities that sum to 1", field=f"{field}.probs")
+    if dict(zip(ids, probs, strict=True)).get(proposed, 0.0) <= 0.0:
+        raise InvalidRequestError("gives the proposed id no probability", field=f"{field}.probs")
+    return SparseProbs(ids, probs)
 
 
 def committed_message(commit: Commit) -> common_pb2.CommittedTokens:
@@ -146,8 +186,16 @@ def committed_message(commit: Commit) -> common_pb2.CommittedTokens:
         token_ids=commit.token_ids,
         text_delta="".join(commit.texts),
         text_lengths=[len(text) for text in commit.texts],
+        logprobs=[_position_logprobs(known) for known in commit.logprobs],
         finish_reason=commit.finish_reason,
         stop_string=commit.stop_string,
+    )
+
+
+def _position_logprobs(known: PositionLogprobs) -> common_pb2.PositionLogprobs:
+    return common_pb2.PositionLogprobs(
+        chosen=common_pb2.TokenLogprob(token_id=known.token_id, logprob=known.logprob),
+        top=[common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in known.top],
     )
 
 

@@ -72,6 +72,13 @@ def test_accepted_ids_carry_the_source_of_their_block():
     assert (loop.proposed, loop.accepted) == (3, 2)
 
 
+def test_a_draft_cannot_speak_as_the_target():
+    """Whatever source it claims, an accepted proposal is never counted as the target's own."""
+    loop, target = Loop(started(), SamplingParams()), Target(list(PROMPT), SamplingParams())
+    _, chunk = one_round(loop, target, continuation(PROMPT, 2), Source.TARGET)
+    assert [token.source for token in chunk.tokens] == [Source.MODEL, Source.MODEL, Source.TARGET]
+
+
 def test_a_block_without_proposals_is_a_plain_step():
     """Without a proposal the block is empty, its source the target, and one token comes back."""
     loop, target = Loop(started(), SamplingParams()), Target(list(PROMPT), SamplingParams())

@@ -13,6 +13,8 @@ from .processes import DEMO, Service
 # Positions of the two targets' slots. The first is short, so that prompts reach its end; the draft's are in between.
 FP32_LENGTH = 320
 BF16_LENGTH = 512
+# The first attended length: a block across it is judged up to it, however right the rest is.
+BORDER = 256
 
 _services = pytest.StashKey()
 
@@ -45,7 +47,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
         for service in item.config.stash.get(_services, ()):
-            noteworthy = [line for line in service.text.splitlines() if '"status": "OK"' not in line]
+            noteworthy = [line for line in service.text.splitlines() if '"level": "info"' not in line]
             report.sections.append((f"log of {service.module} [{service.process.pid}]", "\n".join(noteworthy[-25:])))
     return report
 

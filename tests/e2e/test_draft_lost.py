@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -10,6 +9,8 @@ import time
 import pytest
 
 from specpair import DraftMismatchError, SamplingParams, Source, SpeculativeClient
+
+from specpair.v1 import common_pb2
 
 from .drafts import hanging, mute, prophet, serving
 from .processes import DEMO, run
@@ -47,6 +48,14 @@ def victim(launch):
         return victims[-1]
 
     return living
+
+
+@pytest.fixture(scope="module")
+def foreign_draft(launch, tmp_path_factory):
+    """A draft service with a tiny model and another tokenizer."""
+    directory = tmp_path_factory.mktemp("foreign")
+    _make_foreign_model(directory)
+    return launch("specpair_draft", f"--model={directory}", "--slots=1")
 
 
 def check_lost(result, reason, at_least=1):
@@ -217,13 +226,6 @@ async def _generate(target, draft, prompt, params, **options):
 class TestAnotherVocabulary:
     """A draft that means something else by its ids is refused by name, or done without on request."""
 
-    @pytest.fixture(scope="class")
-    def foreign_draft(self, launch, tmp_path_factory):
-        """A draft service with a tiny model and another tokenizer."""
-        directory = tmp_path_factory.mktemp("foreign")
-        _make_foreign_model(directory)
-        return launch("specpair_draft", f"--model={directory}", "--slots=1")
-
     def test_refused(self, bf16, foreign_draft, prompt, expected):
         """DraftMismatchError names the field; the target serves on."""
         with pytest.raises(DraftMismatchError) as caught:
@@ -253,7 +255,7 @@ class TestAnotherVocabulary:
         """Each part of the fingerprint by itself is reason enough."""
         fingerprint = bf16.target.info().fingerprint
         fingerprint.ClearField(field)
-        setattr(fingerprint, field, value) if not isinstance(value, list) else fingerprint.eos_token_ids.extend(value)
+        fingerprint.MergeFrom(common_pb2.Fingerprint(**{field: value}))
         with serving(mute, fingerprint=fingerprint) as fake:
             with pytest.raises(DraftMismatchError) as caught:
                 run(_generate(bf16.target.address, fake.address, prompt, PARAMS))
@@ -294,4 +296,3 @@ def _make_foreign_model(directory):
     words = {"<|endoftext|>": 0, **{f"word{n}": n for n in range(1, 300)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
-    assert os.listdir(directory)

@@ -9,12 +9,11 @@ import pytest
 
 from specpair import FinishReason, SamplingParams, Source, SpeculativeClient, SyncSpeculativeClient
 
-from .conftest import FP32_LENGTH
+from .conftest import BORDER, FP32_LENGTH
 from .drafts import half_true, prophet, serving
 from .processes import run
 
 TOKENS = 16
-BORDER = 256  # the first attended length
 LENGTHS = range(1, 8)
 PROPOSERS = ["model", "ngram", "liar"]
 

@@ -204,7 +204,9 @@ class SamplingParams(_message.Message):
     max_new_tokens: _builtins.int
     """Most tokens to generate in this turn, committed ones included. Default: until the cache is full."""
     min_new_tokens: _builtins.int
-    """Do not end before this many tokens. Default 0."""
+    """End-of-sequence and stop ids are not chosen before this many tokens. Stop strings end the turn nevertheless, as
+    they do in transformers. Default 0.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits of these token ids."""
@@ -651,7 +653,7 @@ class ModelInfo(_message.Message):
     verify_width: _builtins.int
     """Rows of one verify step: a block may carry up to verify_width - 1 proposals. 0 on a draft service."""
     max_length: _builtins.int
-    """KV cache positions per slot."""
+    """KV cache positions per slot. Prompt and output may be one token longer: the last one needs no position."""
     slots: _builtins.int
     slots_in_use: _builtins.int
     recompilations: _builtins.int

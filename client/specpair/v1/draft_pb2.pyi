@@ -108,7 +108,7 @@ Global___ProposeResponse: _TypeAlias = ProposeResponse  # noqa: Y015
 
 @_typing.final
 class ProposeStart(_message.Message):
-    """Opens a session. Must be the first message."""
+    """Opens a session, or its next turn. Must be the first message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -117,10 +117,13 @@ class ProposeStart(_message.Message):
     PROPOSER_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     PREDICTION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LENGTH_FIELD_NUMBER: _builtins.int
     proposer: _common_pb2.Source.ValueType
     """SOURCE_MODEL or SOURCE_NGRAM. Unspecified: the service's first choice."""
     session_id: _builtins.str
     """The target's session, for the logs."""
+    prompt_length: _builtins.int
+    """How many of token_ids are the prompt; the others are output, which penalties count. Default: all."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The session's tokens so far, as the target tokenized them."""
@@ -131,7 +134,7 @@ class ProposeStart(_message.Message):
 
     @_builtins.property
     def prediction_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The turn's prompt as the caller predicted it, for SOURCE_PREDICTION."""
+        """The turn's output as the caller predicted it, for SOURCE_PREDICTION."""
 
     def __init__(
         self,
@@ -141,12 +144,15 @@ class ProposeStart(_message.Message):
         proposer: _common_pb2.Source.ValueType = ...,
         session_id: _builtins.str = ...,
         prediction_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_length: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length", "prompt_length", b"prompt_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prediction_token_ids", b"prediction_token_ids", "proposer", b"proposer", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length", "prediction_token_ids", b"prediction_token_ids", "prompt_length", b"prompt_length", "proposer", b"proposer", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prompt_length: _TypeAlias = _typing.Literal["prompt_length"]  # noqa: Y015
+    _WhichOneofArgType__prompt_length: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_length) -> _WhichOneofReturnType__prompt_length | None: ...
 
 Global___ProposeStart: _TypeAlias = ProposeStart  # noqa: Y015
 

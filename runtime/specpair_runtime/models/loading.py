@@ -21,7 +21,16 @@ from specpair.errors import ModelLoadError
 from specpair_runtime.models.attention import GROUPED, register_attention
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
-__all__ = ["AttentionName", "DtypeName", "LoadOptions", "LoadedModel", "QuantizationName", "load_model"]
+__all__ = [
+    "AttentionName",
+    "DtypeName",
+    "LoadOptions",
+    "LoadedModel",
+    "QuantizationName",
+    "check_causal",
+    "load_config",
+    "load_model",
+]
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 QuantizationName = Literal["none", "int8", "nf4", "fp4"]
@@ -66,13 +75,9 @@ def load_model(options: LoadOptions) -> LoadedModel:
     """
     transformers_logging.disable_progress_bar()
     device = _device(options.device)
-    _check_directory(options.model)
     register_attention()
-    try:
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"no model config in {options.model!r}: {_first_line(error)}", field="model") from error
-    _check_family(config)
+    config = load_config(options.model)
+    check_causal(config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -88,7 +93,7 @@ def load_model(options: LoadOptions) -> LoadedModel:
         raise ModelLoadError(f"cannot load {options.model!r}: {_first_line(error)}", field="model") from error
     except KeyError as error:
         raise ModelLoadError(
-            f"{config.model_type} has no attention {options.attn_implementation!r}; eager always works",
+            f"{config.model_type} has no attention {options.attn_implementation!r}; try eager",
             field="attn_implementation",
         ) from error
     model.eval()
@@ -96,8 +101,17 @@ def load_model(options: LoadOptions) -> LoadedModel:
     return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options)
 
 
-def _check_family(config: PreTrainedConfig) -> None:
-    """Refuses what cannot be verified in blocks before its weights are loaded."""
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a directory or hub id. Raises ModelLoadError naming `model`."""
+    _check_directory(model)
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"no model config in {model!r}: {_first_line(error)}", field="model") from error
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raises ModelLoadError for a family that cannot be verified in blocks, before its weights are loaded."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ModelLoadError(f"{kind} is an encoder-decoder model, not a causal one", field="model")

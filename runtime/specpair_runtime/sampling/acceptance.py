@@ -1,18 +1,22 @@
-"""The coupled acceptance rule: a proposal is accepted as long as it says what the target itself chooses."""
+"""How much of a block is accepted."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["accepted_lengths"]
+__all__ = ["accepted_lengths", "leading"]
 
 
 def accepted_lengths(choices: torch.Tensor, proposed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """How many leading proposals of each block the target agrees with, [batch], int64.
+    """The coupled rule: how many leading proposals say what the target itself chooses, [batch], int64.
 
     `choices` is [batch, width]: the target's choice after the last committed token and after each proposal.
     `proposed` is [batch, width - 1], of which row b holds `counts[b]` proposals and padding.
     """
-    columns = torch.arange(proposed.shape[1], device=proposed.device)
-    agreed = (choices[:, :-1] == proposed) & (columns < counts[:, None])
-    return agreed.long().cumprod(dim=1).sum(dim=1)
+    return leading(choices[:, :-1] == proposed, counts)
+
+
+def leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Length of the run of True at the start of each row, at most `counts`; `accepted` is [batch, proposals], bool."""
+    columns = torch.arange(accepted.shape[1], device=accepted.device)
+    return (accepted & (columns < counts[:, None])).long().cumprod(dim=1).sum(dim=1)

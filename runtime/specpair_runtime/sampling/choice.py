@@ -1,14 +1,14 @@
-"""Choosing tokens from logits: greedy, or coupled sampling by the Gumbel-max trick with shared noise."""
+"""Choosing tokens from scores: greedy, or coupled sampling by the Gumbel-max trick with shared noise."""
 
 from __future__ import annotations
 
 import torch
 
-from specpair_runtime.sampling.noise import gumbel_noise
+from specpair_runtime.sampling.noise import Stream, gumbel_noise
 from specpair_runtime.sampling.params import SamplingBatch
 from specpair_runtime.sampling.processors import process
 
-__all__ = ["choose"]
+__all__ = ["choose", "sample"]
 
 
 def choose(logits: torch.Tensor, positions: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
@@ -22,7 +22,13 @@ def choose(logits: torch.Tensor, positions: torch.Tensor, params: SamplingBatch)
     logits = logits.to(torch.float32)
     if not params.any_sampled:
         return logits.argmax(dim=-1)
-    scores = process(logits, params).to(torch.float64)
-    noise = gumbel_noise(params.seed[:, None].expand_as(positions), positions, logits.shape[-1])
+    return sample(process(logits, params), positions, params)
+
+
+def sample(
+    scores: torch.Tensor, positions: torch.Tensor, params: SamplingBatch, stream: Stream = Stream.TARGET
+) -> torch.Tensor:
+    """Draws from softmax(scores) in sampled sessions, takes the maximum in greedy ones; shapes as for `choose`."""
+    noise = gumbel_noise(params.seed[:, None].expand_as(positions), positions, scores.shape[-1], stream)
     sampled = (params.temperature > 0)[:, None, None]
-    return torch.where(sampled, scores + noise, scores).argmax(dim=-1)
+    return (scores.to(torch.float64) + torch.where(sampled, noise, 0.0)).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Sampling parameters of a batch as tensors."""
+"""Sampling parameters: of one session, and of a batch as tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,38 @@ __all__ = ["GREEDY", "SamplingBatch", "SamplingParams"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one session chooses its tokens.
+    """How one session chooses its tokens; the defaults change nothing.
 
-    Temperature 0 is greedy. `top_k` 0 and `top_p` 1 keep everything. `seed` is a 64-bit pattern, held signed.
+    Temperature 0 is greedy. `seed` is a 64-bit pattern, held signed. `rejection` selects the rejection rule in place of
+    the coupled one. What needs the session's history is applied by `TokenHistory`.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    rejection: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always chosen."""
         return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the logits depend on the session's own tokens or ids."""
+        return self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were there before are penalized."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 GREEDY = SamplingParams()
@@ -33,26 +51,39 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The parameters of several sessions, one row each; every tensor is [batch]."""
+    """The parameters of several sessions, one row each; every tensor is [batch].
+
+    What a step can leave out is known on the host: nothing on the device has to be waited for.
+    """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
+    min_p: torch.Tensor
     seed: torch.Tensor
+    rejection: torch.Tensor
     any_sampled: bool
-    any_top_k: bool
+    largest_top_k: int
     any_top_p: bool
+    any_min_p: bool
+    any_rejection: bool
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
         """Packs parameters onto a device."""
         sampled = [params for params in rows if not params.greedy]
+        # Greedy rows are the same under both rules.
+        rejection = [params.rejection and not params.greedy for params in rows]
         return cls(
             temperature=torch.tensor([params.temperature for params in rows], dtype=torch.float32, device=device),
             top_k=torch.tensor([params.top_k for params in rows], dtype=torch.int64, device=device),
             top_p=torch.tensor([params.top_p for params in rows], dtype=torch.float32, device=device),
+            min_p=torch.tensor([params.min_p for params in rows], dtype=torch.float32, device=device),
             seed=torch.tensor([params.seed for params in rows], dtype=torch.int64, device=device),
+            rejection=torch.tensor(rejection, dtype=torch.bool, device=device),
             any_sampled=bool(sampled),
-            any_top_k=any(params.top_k > 0 for params in sampled),
+            largest_top_k=max((params.top_k for params in sampled), default=0),
             any_top_p=any(params.top_p < 1.0 for params in sampled),
+            any_min_p=any(params.min_p > 0.0 for params in sampled),
+            any_rejection=any(rejection),
         )
