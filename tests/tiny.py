@@ -113,7 +113,7 @@ class TinyModels:
         """The directory of a model of `_CONFIGS`; "llama-text" has a tokenizer beside it."""
         path = self._root / name
         if not path.exists():
-            torch.manual_seed(20)
+            torch.manual_seed(23)
             model = AutoModelForCausalLM.from_config(_CONFIGS[name]())
             model.generation_config = GenerationConfig(**_NO_SPECIAL_IDS)
             model.save_pretrained(path)

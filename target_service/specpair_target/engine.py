@@ -12,6 +12,7 @@ from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_runtime.serving import ServiceStatus
 from specpair_runtime.slots import SlotPool
 from specpair_target.config import TargetConfig
+from specpair_target.prompts import Prompt
 from specpair_target.scheduler import Scheduler, Verification
 from specpair_target.sessions import Session, TurnOptions
 from specpair_target.text import TextStream
@@ -39,7 +40,7 @@ class Engine:
 
     async def open(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         committed: Sequence[int],
         options: TurnOptions,
         *,
@@ -51,22 +52,32 @@ class Engine:
         Raises OverloadedError when no slot becomes free, and InvalidRequestError naming `committed_field` when the
         committed tokens already end the turn.
         """
-        tokenizer = self.model.loaded.tokenizer
-        text = TextStream(tokenizer, prompt, options.stop_strings) if tokenizer is not None else None
         session = Session(
             id=uuid4().hex,
-            tokens=list(prompt),
-            prompt_length=len(prompt),
+            tokens=list(prompt.token_ids),
+            prompt_length=len(prompt.token_ids),
             max_length=self.max_length,
             options=options,
-            text=text,
+            text=self._text(prompt, options),
+            messages=prompt.messages,
         )
         session.commit(committed)
         if session.finish_reason:
             raise InvalidRequestError("the committed tokens already end the turn", field=committed_field)
         session.slot = await self.pool.acquire(min(patience or self._queue_timeout, self._queue_timeout))
-        self._scheduler.open(session)
+        self._scheduler.prefill(session)
         return session
+
+    def extend(self, session: Session, prompt: Prompt, options: TurnOptions) -> int:
+        """Starts a session's next turn; returns how many tokens of its prompt the slot already holds."""
+        kept = session.begin_turn(prompt.token_ids, options, self._text(prompt, options))
+        session.messages = prompt.messages
+        self._scheduler.prefill(session)
+        return kept
+
+    def _text(self, prompt: Prompt, options: TurnOptions) -> TextStream | None:
+        tokenizer = self.model.loaded.tokenizer
+        return TextStream(tokenizer, prompt.token_ids, options.stop_strings) if tokenizer is not None else None
 
     async def verify(
         self, session: Session, proposal: Sequence[int], draft_probs: Sequence[SparseProbs] = ()

@@ -40,7 +40,7 @@ class _Work:
 
 
 class Scheduler:
-    """One thread that owns the model. Everyone else talks to it through `open`, `submit` and `close`.
+    """One thread that owns the model. Everyone else talks to it through `prefill`, `submit` and `close`.
 
     A turn of the loop runs at most one chunk of prefill and then one step for every session that is ready, so a long
     prompt and the running sessions take turns. A resumed session first replays its committed tokens in blocks of the
@@ -72,8 +72,8 @@ class Scheduler:
         for work in self._work:
             _answer(work, UnavailableError("the target stops"))
 
-    def open(self, session: Session) -> None:
-        """Takes a session over and begins to prefill it."""
+    def prefill(self, session: Session) -> None:
+        """Begins to prefill a session's prompt, at its first turn or a later one."""
         with self._wake:
             self._prefills.append(session)
             self._wake.notify()
@@ -181,6 +181,7 @@ class Scheduler:
                 history=self._history(session),
                 draft_probs=work.draft_probs[: len(token_ids) - 1],
                 top_logprobs=session.options.top_logprobs,
+                traced=session.options.traced,
             )
         return Row(session.kv_length, session.tokens[session.kv_length : self._replay_end(session, length)])
 

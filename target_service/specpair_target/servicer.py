@@ -13,11 +13,13 @@ import grpc
 from specpair.errors import ProtocolError, UnavailableError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair_runtime.serving import ServiceStatus, annotate
-from specpair_runtime.wire import check_token_ids, describe_model
+from specpair_runtime.wire import check_token_ids, describe_model, read_sampling
 from specpair_target import wire
 from specpair_target.config import TargetConfig
 from specpair_target.engine import Engine
-from specpair_target.sessions import Session
+from specpair_target.explain import explain
+from specpair_target.prompts import Prompts
+from specpair_target.sessions import Session, TurnOptions
 
 __all__ = ["TargetServicer"]
 
@@ -69,26 +71,21 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             return
         if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message must be start", field="message")
-        limits = self._limits(engine)
         async with self._session(engine, first.start, "start.", context) as (session, started):
             yield target_pb2.VerifyResponse(started=started)
             rounds = accepted = 0
             async for request in requests:
-                block = wire.read_block(request, limits)
-                if session.finish_reason:
-                    raise ProtocolError("the turn has ended", field="block")
-                if not _continues(block, session):
-                    yield wire.stale(block, session)
+                kind = request.WhichOneof("message")
+                if kind == "extend":
+                    yield target_pb2.VerifyResponse(started=await self._extend(engine, session, request.extend))
                     continue
-                base_length = session.length
-                draft_probs = wire.read_draft_probs(block, session.options.sampling, limits)
-                verification = await engine.verify(session, block.token_ids, draft_probs)
-                commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
-                response = wire.verdict(block, base_length, verification, commit, engine.pool.in_use)
+                if kind != "block":
+                    raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
+                answer = await self._judge(engine, session, request.block)
                 rounds += 1
-                accepted += response.verdict.accepted
+                accepted += answer.accepted
                 annotate(rounds=rounds, accepted=accepted, output_tokens=session.length - session.prompt_length)
-                yield response
+                yield target_pb2.VerifyResponse(verdict=answer)
 
     async def Generate(  # noqa: N802
         self, request: target_pb2.GenerateRequest, context: _Context
@@ -117,10 +114,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> target_pb2.TokenizeResponse:
         """The ids of a prompt as Verify and Generate would take it."""
         engine = self._ready()
-        ids = await asyncio.to_thread(
-            wire.read_prompt, request.prompt, engine.model.loaded.tokenizer, self._limits(engine), "prompt"
+        prompt = await asyncio.to_thread(
+            wire.read_prompt, request.prompt, self._prompts(engine), self._limits(engine), "prompt"
         )
-        return target_pb2.TokenizeResponse(token_ids=ids)
+        return target_pb2.TokenizeResponse(token_ids=prompt.token_ids)
 
     async def Detokenize(  # noqa: N802
         self, request: target_pb2.DetokenizeRequest, context: _Context
@@ -142,13 +139,54 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def ExplainVerify(  # noqa: N802
         self, request: target_pb2.ExplainVerifyRequest, context: _Context
     ) -> target_pb2.ExplainVerifyResponse:
-        """Not available yet."""
-        raise UnsupportedError("not available", field="ExplainVerify")
+        """Judges one proposal on a slot of its own and says why."""
+        engine = self._ready()
+        limits = self._limits(engine)
+        wire.check_proposal(request.token_ids, limits, "token_ids")
+        sampling = read_sampling(request.sampling, limits.vocabulary, "sampling")
+        draft_probs = wire.read_draft_probs(request, sampling, limits, "")
+        prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, self._prompts(engine), limits, "prompt")
+        options = TurnOptions(sampling=sampling, stop_token_ids=limits.eos_token_ids, traced=True)
+        session = await engine.open(prompt, (), options, committed_field="", patience=context.time_remaining())
+        try:
+            judgement = (await engine.verify(session, request.token_ids, draft_probs)).judgement
+        finally:
+            engine.close(session)
+        explained = explain(session.length, request.token_ids, draft_probs, sampling, judgement)
+        return target_pb2.ExplainVerifyResponse(positions=[wire.explanation(position) for position in explained])
+
+    async def _extend(
+        self, engine: Engine, session: Session, request: target_pb2.SessionExtend
+    ) -> target_pb2.SessionStarted:
+        """Starts a session's next turn."""
+        limits, prompts = self._limits(engine), self._prompts(engine)
+        options = wire.read_turn(request, limits, text=prompts.tokenizer is not None, prefix="extend.")
+        prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, "extend.prompt", session)
+        kept = engine.extend(session, prompt, options)
+        annotate(prompt_tokens=len(prompt.token_ids), cached_tokens=kept)
+        return wire.started(session, limits, kept)
+
+    async def _judge(self, engine: Engine, session: Session, block: target_pb2.Block) -> target_pb2.Verdict:
+        """The verdict on a block."""
+        limits = self._limits(engine)
+        wire.check_proposal(block.token_ids, limits, "block.token_ids")
+        draft_probs = wire.read_draft_probs(block, session.options.sampling, limits, "block.")
+        if session.finish_reason:
+            raise ProtocolError("the turn has ended", field="block")
+        if not _continues(block, session):
+            return wire.stale(block, session)
+        base_length = session.length
+        verification = await engine.verify(session, block.token_ids, draft_probs)
+        commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
+        return wire.verdict(block, base_length, verification, commit, engine.pool.in_use)
 
     def _ready(self) -> Engine:
         if self._engine is None:
             raise UnavailableError("the model is not loaded yet", reason="NOT_READY")
         return self._engine
+
+    def _prompts(self, engine: Engine) -> Prompts:
+        return Prompts(engine.model.loaded.tokenizer, engine.max_length)
 
     def _limits(self, engine: Engine) -> wire.Limits:
         fingerprint = engine.model.loaded.fingerprint
@@ -168,28 +206,17 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         context: _Context,
     ) -> AsyncIterator[tuple[Session, target_pb2.SessionStarted]]:
         """Opens the session that a request describes; frees its slot whatever ends the call."""
-        limits = self._limits(engine)
-        tokenizer = engine.model.loaded.tokenizer
-        options = wire.read_turn(request, limits, text=tokenizer is not None, prefix=prefix)
-        prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, tokenizer, limits, f"{prefix}prompt")
+        limits, prompts = self._limits(engine), self._prompts(engine)
+        options = wire.read_turn(request, limits, text=prompts.tokenizer is not None, prefix=prefix)
+        prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, f"{prefix}prompt")
         committed_field = f"{prefix}committed_token_ids"
-        committed = wire.read_committed(request.committed_token_ids, len(prompt), limits, committed_field)
+        committed = wire.read_committed(request.committed_token_ids, len(prompt.token_ids), limits, committed_field)
         session = await engine.open(
             prompt, committed, options, committed_field=committed_field, patience=context.time_remaining()
         )
-        annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt))
+        annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
         try:
-            yield (
-                session,
-                target_pb2.SessionStarted(
-                    session_id=session.id,
-                    prompt_token_ids=prompt,
-                    cached_tokens=0,
-                    length=session.length,
-                    max_block_tokens=limits.block,
-                    max_length=limits.max_length,
-                ),
-            )
+            yield session, wire.started(session, limits, 0)
         finally:
             engine.close(session)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specpair.errors import SpecpairError
 from specpair.v1.common_pb2 import FinishReason
@@ -12,18 +12,22 @@ from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import GREEDY, SamplingParams
 from specpair_target.text import TextStream
 
-__all__ = ["Commit", "Session", "TurnOptions"]
+__all__ = ["ChatMessage", "Commit", "Session", "TurnOptions"]
+
+ChatMessage = dict[str, str]
 
 
 @dataclass(frozen=True)
 class TurnOptions:
     """How one turn is sampled, what is reported of it, and what ends it.
 
-    `top_logprobs` None reports no log probabilities; `max_new_tokens` None ends the turn when the cache is full.
+    `top_logprobs` None reports no log probabilities; `max_new_tokens` None ends the turn when the cache is full;
+    `traced` keeps what judgements were based on.
     """
 
     sampling: SamplingParams = GREEDY
     top_logprobs: int | None = None
+    traced: bool = False
     max_new_tokens: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
@@ -44,7 +48,9 @@ class Commit:
 class Session:
     """One stream's state.
 
-    The engine thread sets `kv_length`, `failure` and `history`; everything else belongs to the event loop.
+    The engine thread sets `kv_length`, `failure` and `history` while a block or a prefill is under way; everything else
+    belongs to the event loop. `messages` is the conversation of a session that was opened with one, the answers
+    included.
     `tokens` are all committed tokens. The KV of the first `kv_length` of them is in the slot; between two steps that
     is all but the last one, whose logits the next step asks for.
     """
@@ -61,6 +67,8 @@ class Session:
     closed: bool = False
     failure: SpecpairError | None = None
     history: TokenHistory | None = None
+    messages: list[ChatMessage] = field(default_factory=list)
+    _answer: list[str] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -76,6 +84,31 @@ class Session:
     def caught_up(self) -> bool:
         """Whether the slot holds the KV of all tokens but the last one."""
         return self.kv_length == len(self.tokens) - 1
+
+    @property
+    def answer(self) -> str:
+        """The text of this turn so far."""
+        return "".join(self._answer)
+
+    def begin_turn(self, tokens: Sequence[int], options: TurnOptions, text: TextStream | None) -> int:
+        """Starts the next turn with `tokens` as its prompt, the whole session from its first token on.
+
+        Returns how many of them the slot still holds: what the turns so far have in common with them.
+        """
+        kept = 0
+        for old, new in zip(self.tokens[: self.kv_length], tokens[:-1], strict=False):
+            if old != new:
+                break
+            kept += 1
+        self.kv_length = kept
+        self.tokens = list(tokens)
+        self.prompt_length = len(tokens)
+        self.options = options
+        self.text = text
+        self.history = None
+        self.finish_reason = FinishReason.FINISH_REASON_UNSPECIFIED
+        self._answer = []
+        return kept
 
     def commit(self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs] = ()) -> Commit:
         """Appends tokens one by one until one of them ends the turn; what comes after it never happened."""
@@ -93,6 +126,7 @@ class Session:
                 break
         if self.finish_reason and self.text is not None:
             texts[-1] += self.text.flush()
+        self._answer += texts
         return Commit(committed, texts, logprobs[: len(committed)], self.finish_reason, stop_string)
 
     def _finish_reason(self, token_id: int, stop_string: str) -> FinishReason.ValueType:

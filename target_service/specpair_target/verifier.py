@@ -21,7 +21,7 @@ from specpair_runtime.sampling.params import GREEDY, SamplingBatch, SamplingPara
 from specpair_runtime.sampling.processors import process
 from specpair_runtime.sampling.rejection import SparseProbs, judge_by_rejection
 
-__all__ = ["Judgement", "Row", "Verifier"]
+__all__ = ["Judgement", "Row", "Trace", "Verifier"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Row:
 
     The first id is the last committed token, the others are proposals. `draft_probs` are what those were sampled from,
     for the rejection rule. `top_logprobs` asks for log probabilities: of the chosen token and of so many others.
+    `traced` asks for what the judgement was based on.
     """
 
     start: int
@@ -38,6 +39,15 @@ class Row:
     history: TokenHistory | None = None
     draft_probs: Sequence[SparseProbs] = ()
     top_logprobs: int | None = None
+    traced: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a judgement was based on: processed `scores` of [proposals + 1, vocabulary], the target's own `choices`."""
+
+    scores: torch.Tensor
+    choices: list[int]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Judgement:
     finite: bool
     forward_us: int
     logprobs: list[PositionLogprobs]
+    trace: Trace | None = None
 
 
 class Verifier:
@@ -73,7 +84,7 @@ class Verifier:
         proposed = token_ids[:, 1:].to(device)  # [batch, width - 1]
         positions = (starts[:, None] + 1 + torch.arange(self.width)).to(device)  # of the tokens to choose
         counts = torch.tensor([len(row.token_ids) - 1 for row in rows], device=device)  # [batch]
-        accepted, choices = self._judge(logits.float(), proposed, positions, counts, rows)
+        accepted, choices, scores = self._judge(logits.float(), proposed, positions, counts, rows)
         finite = logits.amax(dim=-1).isfinite().all(dim=-1)  # [batch]
 
         # The one copy from device to host, [batch, 2 + width].
@@ -83,9 +94,15 @@ class Verifier:
         ]
         logprobs = read_logprobs(logits, spoken, [row.top_logprobs for row in rows])
         forward_us = (time.perf_counter_ns() - began) // 1000
+        traces = [
+            Trace(scores[index, : len(row.token_ids)].cpu(), verdicts[index][2 : 2 + len(row.token_ids)])
+            if row.traced
+            else None
+            for index, row in enumerate(rows)
+        ]
         return [
-            Judgement(said[0], tokens, bool(said[1]), forward_us, known)
-            for said, tokens, known in zip(verdicts, spoken, logprobs, strict=True)
+            Judgement(said[0], tokens, bool(said[1]), forward_us, known, trace)
+            for said, tokens, known, trace in zip(verdicts, spoken, logprobs, traces, strict=True)
         ]
 
     def _judge(
@@ -95,13 +112,15 @@ class Verifier:
         positions: torch.Tensor,
         counts: torch.Tensor,
         rows: Sequence[Row],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many proposals each row accepts, [batch], and the target's own token at each place, [batch, width]."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many proposals each session accepts, [batch]; the target's own token at each place, [batch, width]; and
+        the processed scores that decided, [batch, width, vocabulary].
+        """
         params = SamplingBatch.of([row.params for row in rows], logits.device)
         scores = apply_histories(logits, proposed, positions, [row.history for row in rows])
         if not params.any_sampled:
             choices = scores.argmax(dim=-1)
-            return accepted_lengths(choices, proposed, counts), choices
+            return accepted_lengths(choices, proposed, counts), choices, scores
         scores = process(scores, params)
         choices = sample(scores, positions, params)
         accepted = accepted_lengths(choices, proposed, counts)
@@ -110,7 +129,7 @@ class Verifier:
             kept, replaced = judge_by_rejection(scores, proposed, counts, positions, params, draft_probs)
             accepted = torch.where(params.rejection, leading(kept, counts), accepted)
             choices = torch.where(params.rejection[:, None], replaced, choices)
-        return accepted, choices
+        return accepted, choices, scores
 
     def _pad(self, token_ids: Sequence[int]) -> list[int]:
         return [*token_ids, *[0] * (self.width - len(token_ids))]

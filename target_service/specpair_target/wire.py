@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
-from specpair.errors import InvalidRequestError, ProtocolError, UnsupportedError
+from specpair.errors import InvalidRequestError
 from specpair.v1 import common_pb2, target_pb2
 from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import SamplingParams
 from specpair_runtime.sampling.rejection import MAX_SUPPORT, SparseProbs
 from specpair_runtime.wire import check_token_ids, read_sampling
+from specpair_target.explain import PositionExplanation
+from specpair_target.prompts import Prompt, Prompts
 from specpair_target.scheduler import Verification
 from specpair_target.sessions import Commit, Session, TurnOptions
 
 __all__ = [
     "Limits",
+    "check_proposal",
     "committed_message",
-    "read_block",
+    "explanation",
     "read_committed",
     "read_draft_probs",
     "read_prompt",
     "read_turn",
     "stale",
+    "started",
     "verdict",
 ]
 
@@ -47,43 +49,20 @@ class Limits:
 
 
 def read_prompt(
-    prompt: common_pb2.Prompt, tokenizer: PreTrainedTokenizerBase | None, limits: Limits, field: str
-) -> list[int]:
-    """Token ids of a prompt, at least one and at most `max_length`."""
+    prompt: common_pb2.Prompt, prompts: Prompts, limits: Limits, field: str, after: Session | None = None
+) -> Prompt:
+    """The tokens that a turn begins with, at least one and at most `max_length`, those `after` a session's included."""
     kind = prompt.WhichOneof("content")
-    if kind is None:
-        raise InvalidRequestError("must not be empty", field=field)
+    if kind == "text":
+        return prompts.of_text(prompt.text, f"{field}.text", after)
     if kind == "token_ids":
-        ids = list(prompt.token_ids.ids)
-        check_token_ids(ids, limits.vocabulary, f"{field}.token_ids.ids")
-    elif tokenizer is None:
-        raise InvalidRequestError("this model has no tokenizer; send token ids", field=f"{field}.{kind}")
-    elif kind == "text":
-        ids = list(tokenizer(prompt.text)["input_ids"])
-    else:
-        ids = _render_chat(prompt.chat, tokenizer, f"{field}.chat")
-    if not ids:
-        raise InvalidRequestError("must not be empty", field=f"{field}.{kind}")
-    if len(ids) > limits.max_length:
-        raise InvalidRequestError(
-            f"{len(ids)} tokens are more than the {limits.max_length} positions of a slot", field=f"{field}.{kind}"
-        )
-    return ids
-
-
-def _render_chat(chat: common_pb2.Chat, tokenizer: PreTrainedTokenizerBase, field: str) -> list[int]:
-    if not tokenizer.chat_template:
-        raise InvalidRequestError("this model has no chat template", field=field)
-    if not chat.messages:
-        raise InvalidRequestError("must not be empty", field=f"{field}.messages")
-    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-    opening = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except Exception as error:  # templates raise what they like, for roles out of order for example
-        raise InvalidRequestError(f"the chat template refuses it: {error}", field=f"{field}.messages") from error
-    # The template writes the special tokens itself.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_token_ids(prompt.token_ids.ids, limits.vocabulary, f"{field}.token_ids.ids")
+        return prompts.of_ids(prompt.token_ids.ids, f"{field}.token_ids", after)
+    if kind == "chat":
+        messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
+        opening = prompt.chat.add_generation_prompt if prompt.chat.HasField("add_generation_prompt") else True
+        return prompts.of_chat(messages, opening, f"{field}.chat", after)
+    raise InvalidRequestError("must not be empty", field=field)
 
 
 def read_committed(ids: Sequence[int], prompt_length: int, limits: Limits, field: str) -> list[int]:
@@ -95,7 +74,11 @@ def read_committed(ids: Sequence[int], prompt_length: int, limits: Limits, field
 
 
 def read_turn(
-    request: target_pb2.SessionStart | target_pb2.GenerateRequest, limits: Limits, *, text: bool, prefix: str
+    request: target_pb2.SessionStart | target_pb2.SessionExtend | target_pb2.GenerateRequest,
+    limits: Limits,
+    *,
+    text: bool,
+    prefix: str,
 ) -> TurnOptions:
     """Sampling and stop criteria of a turn. `text` says whether the model has a tokenizer."""
     sampling, stop = request.sampling, request.stop
@@ -134,33 +117,27 @@ def _check_stop(stop: common_pb2.StopCriteria, limits: Limits, text: bool, field
     check_token_ids(stop.stop_token_ids, limits.vocabulary, f"{field}.stop_token_ids")
 
 
-def read_block(request: target_pb2.VerifyRequest, limits: Limits) -> target_pb2.Block:
-    """A checked block."""
-    kind = request.WhichOneof("message")
-    if kind == "extend":
-        raise UnsupportedError("not available", field="extend")
-    if kind != "block":
-        raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
-    block = request.block
-    if len(block.token_ids) > limits.block:
-        raise InvalidRequestError(
-            f"{len(block.token_ids)} ids are more than a block's {limits.block}", field="block.token_ids"
-        )
-    check_token_ids(block.token_ids, limits.vocabulary, "block.token_ids")
-    return block
+def check_proposal(token_ids: Sequence[int], limits: Limits, field: str) -> None:
+    """Raises InvalidRequestError for a proposal that cannot be verified."""
+    if len(token_ids) > limits.block:
+        raise InvalidRequestError(f"{len(token_ids)} ids are more than a block's {limits.block}", field=field)
+    check_token_ids(token_ids, limits.vocabulary, field)
 
 
-def read_draft_probs(block: target_pb2.Block, sampling: SamplingParams, limits: Limits) -> list[SparseProbs]:
+def read_draft_probs(
+    request: target_pb2.Block | target_pb2.ExplainVerifyRequest, sampling: SamplingParams, limits: Limits, prefix: str
+) -> list[SparseProbs]:
     """What the proposals of a block were sampled from; none for a proposer that is certain of them."""
-    if not block.draft_probs:
+    field = f"{prefix}draft_probs"
+    if not request.draft_probs:
         return []
     if not sampling.rejection:
-        raise InvalidRequestError("only the rejection rule takes them", field="block.draft_probs")
-    if len(block.draft_probs) != len(block.token_ids):
-        raise InvalidRequestError("must have one entry for each of token_ids", field="block.draft_probs")
+        raise InvalidRequestError("only the rejection rule takes them", field=field)
+    if len(request.draft_probs) != len(request.token_ids):
+        raise InvalidRequestError("must have one entry for each of token_ids", field=field)
     return [
-        _read_distribution(message, proposed, limits, f"block.draft_probs[{index}]")
-        for index, (message, proposed) in enumerate(zip(block.draft_probs, block.token_ids, strict=True))
+        _read_distribution(message, proposed, limits, f"{field}[{index}]")
+        for index, (message, proposed) in enumerate(zip(request.draft_probs, request.token_ids, strict=True))
     ]
 
 
@@ -178,6 +155,32 @@ def _read_distribution(
     if dict(zip(ids, probs, strict=True)).get(proposed, 0.0) <= 0.0:
         raise InvalidRequestError("gives the proposed id no probability", field=f"{field}.probs")
     return SparseProbs(ids, probs)
+
+
+def started(session: Session, limits: Limits, from_position: int) -> target_pb2.SessionStarted:
+    """The answer to the start of a turn whose prompt begins at `from_position`."""
+    return target_pb2.SessionStarted(
+        session_id=session.id,
+        prompt_token_ids=session.tokens[from_position : session.prompt_length],
+        cached_tokens=from_position,
+        length=session.length,
+        max_block_tokens=limits.block,
+        max_length=limits.max_length,
+    )
+
+
+def explanation(explained: PositionExplanation) -> target_pb2.PositionExplanation:
+    """The message of an explanation."""
+    return target_pb2.PositionExplanation(
+        position=explained.position,
+        proposed_token_id=explained.proposed,
+        target_token_id=explained.target_token,
+        target_prob=explained.target_prob,
+        draft_prob=explained.draft_prob,
+        top2_margin=explained.top2_margin,
+        accepted=explained.accepted,
+        reason=explained.reason,
+    )
 
 
 def committed_message(commit: Commit) -> common_pb2.CommittedTokens:
@@ -201,29 +204,23 @@ def _position_logprobs(known: PositionLogprobs) -> common_pb2.PositionLogprobs:
 
 def verdict(
     block: target_pb2.Block, base_length: int, verification: Verification, commit: Commit, slots_in_use: int
-) -> target_pb2.VerifyResponse:
+) -> target_pb2.Verdict:
     """The answer to a block that was applied."""
     judgement = verification.judgement
-    return target_pb2.VerifyResponse(
-        verdict=target_pb2.Verdict(
-            round=block.round,
-            status=target_pb2.Verdict.STATUS_APPLIED,
-            base_length=base_length,
-            # What lies behind the end of the turn was judged and is no part of it.
-            accepted=min(judgement.accepted, len(commit.token_ids)),
-            committed=committed_message(commit),
-            queue_us=verification.queue_us,
-            forward_us=judgement.forward_us,
-            batch_sessions=verification.batch_sessions,
-            slots_in_use=slots_in_use,
-        )
+    return target_pb2.Verdict(
+        round=block.round,
+        status=target_pb2.Verdict.STATUS_APPLIED,
+        base_length=base_length,
+        # What lies behind the end of the turn was judged and is no part of it.
+        accepted=min(judgement.accepted, len(commit.token_ids)),
+        committed=committed_message(commit),
+        queue_us=verification.queue_us,
+        forward_us=judgement.forward_us,
+        batch_sessions=verification.batch_sessions,
+        slots_in_use=slots_in_use,
     )
 
 
-def stale(block: target_pb2.Block, session: Session) -> target_pb2.VerifyResponse:
+def stale(block: target_pb2.Block, session: Session) -> target_pb2.Verdict:
     """The answer to a block that does not continue the session."""
-    return target_pb2.VerifyResponse(
-        verdict=target_pb2.Verdict(
-            round=block.round, status=target_pb2.Verdict.STATUS_STALE, base_length=session.length
-        )
-    )
+    return target_pb2.Verdict(round=block.round, status=target_pb2.Verdict.STATUS_STALE, base_length=session.length)

@@ -155,7 +155,10 @@ Global___SessionStart: _TypeAlias = SessionStart  # noqa: Y015
 
 @_typing.final
 class SessionExtend(_message.Message):
-    """The next turn on the same slot: its prompt is appended to everything committed so far."""
+    """The next turn on the same slot: its prompt comes behind everything committed so far. Text is tokenized without
+    special tokens. Chat messages continue the conversation that the session was started with, the answer included;
+    the whole is rendered and tokenized as for a fresh session, and what both have in common stays in the KV cache.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -199,7 +202,7 @@ class SessionStarted(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     cached_tokens: _builtins.int
-    """Tokens that were already in the KV cache."""
+    """Tokens of the session that stay and are in the KV cache already; 0 on `start`."""
     length: _builtins.int
     """Committed tokens of the session now: the base_length of its next block."""
     max_block_tokens: _builtins.int
@@ -208,7 +211,9 @@ class SessionStarted(_message.Message):
     """KV cache positions of the slot."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What the prompt was tokenized to; on `extend`, the tokens that were appended."""
+        """What the prompt was tokenized to, from position cached_tokens on: on `extend`, everything that is new. A chat may
+        be rendered otherwise than it was generated, so these tokens replace whatever stood there.
+        """
 
     def __init__(
         self,

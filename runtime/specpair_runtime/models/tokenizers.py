@@ -28,7 +28,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
-    return tokenizer if tokenizer.get_vocab() else None
+    # Where there are no files, some classes make up a tokenizer that knows its special tokens and nothing else.
+    return tokenizer if tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys() else None
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> VocabularyFingerprint:
