@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from specpair_runtime.models.loading import DtypeName, LoadOptions, QuantizationName, load_model
+from specpair_runtime.models.loading import load_model
+from specpair_runtime.models.options import DtypeName, LoadOptions, QuantizationName
 from specpair_runtime.models.runner import ModelRunner
 
 _FORMATS: dict[str, tuple[DtypeName, QuantizationName]] = {
@@ -59,7 +60,7 @@ def _runner(options: Options, name: str) -> ModelRunner:
         max_length=1024,
         scratch=_SCRATCH,
         vocabulary=loaded.fingerprint.vocabulary_size,
-        compile_=False,
+        compile_=None,
     )
 
 

@@ -63,7 +63,7 @@ class Config:
     weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices inside layers"})
     sample_minutes: float = field(default=5.0, metadata={"help": "time the target writes text for the draft"})
     sample_length: int = field(default=192, metadata={"help": "tokens in a row of that text"})
-    draft_minutes: float = field(default=15.0, metadata={"help": "time to distil the draft"})
+    draft_minutes: float = field(default=17.0, metadata={"help": "time to distil the draft"})
     draft_rows: int = field(default=32, metadata={"help": "rows of one draft step"})
     draft_adam_lr: float = field(
         default=0.006, metadata={"help": "peak learning rate of the draft's embeddings and norms"}

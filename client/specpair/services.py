@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from specpair.errors import ModelLoadError, SpecpairError
@@ -93,13 +96,38 @@ def started(target: Sequence[str], draft: Sequence[str]) -> Iterator[tuple[Servi
         try:
             for name, probe, flags in (("target", GrpcTarget, target), ("draft", GrpcDraft, draft)):
                 log = logs.enter_context(tempfile.NamedTemporaryFile(prefix=f"specpair-{name}-", suffix=".log"))
-                services.append(Service(name, probe, flags, log))
+                with _undisturbed():
+                    services.append(Service(name, probe, flags, log))
             yield services[0], services[1]
         finally:
             for service in services:
                 service.terminate()
             for service in services:
                 service.reap()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block: a process that has begun is not forgotten.
+
+    They are not blocked, because a process would inherit that. Only the main thread can be disturbed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _free_port() -> int:

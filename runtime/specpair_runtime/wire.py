@@ -101,6 +101,7 @@ def describe_model(info: common_pb2.ModelInfo, model: ServingModel) -> None:
     info.architecture = type(loaded.model).__name__
     info.parameters = loaded.model.num_parameters()
     info.device = str(runner.device)
+    info.quantization = loaded.quantization
     info.attn_implementation = loaded.options.attn_implementation
     info.compiled = runner.compiled
     info.max_length = runner.max_length

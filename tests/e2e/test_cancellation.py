@@ -142,7 +142,7 @@ def test_raw_calls_cancelled(checked, prompts):
 
 
 def test_waiting_for_a_slot(fp32, prompts):
-    """Who waits for a slot and goes leaves nothing behind; whose time runs out is told so; the others get their turn."""
+    """Who waits for a slot and goes leaves nothing behind; whose time runs out is told so; who stays gets a slot."""
 
     async def check():
         async with target_stub(fp32.target.address) as stub:

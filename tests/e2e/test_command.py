@@ -88,9 +88,7 @@ class TestGenerate:
             return json.loads(done.stdout)
 
         sampling = ["--temperature=1.5", "--top-k=50", "--top-p=0.9", "--seed=3", "--ignore-eos"]
-        params = SamplingParams(
-            temperature=1.5, top_k=50, top_p=0.9, seed=3, max_new_tokens=TOKENS, ignore_eos=True
-        )
+        params = SamplingParams(temperature=1.5, top_k=50, top_p=0.9, seed=3, max_new_tokens=TOKENS, ignore_eos=True)
 
         async def alone():
             async with SpeculativeClient(target, "none") as client:

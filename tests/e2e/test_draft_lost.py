@@ -1,4 +1,4 @@
-"""The draft is advice: whatever becomes of it, the tokens are the same, nothing raises, and the result says what happened."""
+"""The draft is advice: whatever becomes of it, the tokens stay the same and the result says what happened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 import pytest
 
 from specpair import DraftMismatchError, SamplingParams, Source, SpeculativeClient
-
 from specpair.v1 import common_pb2
 
 from .drafts import hanging, mute, prophet, serving

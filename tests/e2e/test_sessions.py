@@ -26,9 +26,7 @@ sampled = pytest.mark.parametrize("sampling", SAMPLING, ids=["greedy", "top-p", 
 async def generate(stub, prompt, committed=(), **fields):
     """What the Generate call answers: ids, and the text of each."""
     ids, texts, finish_reason = [], [], None
-    call = stub.Generate(
-        target_pb2.GenerateRequest(prompt=ids_prompt(prompt), committed_token_ids=committed, **fields)
-    )
+    call = stub.Generate(target_pb2.GenerateRequest(prompt=ids_prompt(prompt), committed_token_ids=committed, **fields))
     assert (await call.read()).started.length == len(prompt) + len(committed)
     while (response := await call.read()) is not grpc.aio.EOF:
         assert not finish_reason
@@ -137,7 +135,7 @@ class TestStale:
         run(check())
 
     def test_in_flight(self, bf16, prompts):
-        """Blocks sent without waiting are judged in order: a duplicate is stale, one in advance holds if it was right."""
+        """Blocks sent without waiting are judged in order: duplicates are stale, one in advance may hold."""
         prompt = prompts[8]
         sampling = SAMPLING[0]
 

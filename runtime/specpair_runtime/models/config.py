@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from specpair_runtime.models.loading import AttentionName, DtypeName, LoadOptions, QuantizationName
+from specpair_runtime.models.options import AttentionName, DtypeName, LoadOptions, QuantizationName, SdpaBackendName
+from specpair_runtime.models.runner import CompileModeName, CompileOptions
 from specpair_runtime.serving import ServiceConfig
 
 __all__ = ["CompileMode", "ModelConfig"]
@@ -21,7 +22,12 @@ class ModelConfig(ServiceConfig):
     dtype: DtypeName = Field("bf16", description="Format of weights, activations and KV cache.")
     device: str = Field("auto", description="auto takes the first CUDA device, else the CPU; or cpu, cuda:1, ...")
     quantization: QuantizationName = Field("none", description="bitsandbytes quantization of the weights.")
+    quantization_compute_dtype: DtypeName | None = Field(
+        None, description="Format that 4-bit weights are multiplied in; default: --dtype."
+    )
+    double_quantization: bool = Field(False, description="Quantize the scales of 4-bit weights too.")
     attn_implementation: AttentionName = Field("sdpa", description="How attention is computed.")
+    sdpa_backend: SdpaBackendName = Field("auto", description="Kernel of sdpa; auto leaves the choice to torch.")
     slots: int = Field(4, ge=1, le=256, description="Sessions at a time; each has a KV cache slot of its own.")
     max_length: int = Field(
         2048, ge=2, le=1_048_576, description="KV cache positions per slot; cut to what the model was made for."
@@ -30,8 +36,19 @@ class ModelConfig(ServiceConfig):
     queue_timeout: float = Field(30.0, ge=0, description="Seconds that a session waits for a slot at most.")
     prefill_chunk: int = Field(256, ge=1, le=8192, description="Most prompt tokens in one forward pass.")
     compile: CompileMode = Field(
-        "auto", description="torch.compile with fullgraph; auto compiles on CUDA and not on a CPU."
+        "auto", description="torch.compile of the steps; auto compiles on CUDA and not on a CPU."
     )
+    compile_mode: CompileModeName | None = Field(
+        None, description="Mode of torch.compile; default: reduce-overhead on CUDA, default on a CPU."
+    )
+    fullgraph: bool = Field(True, description="Refuse to compile a step in more than one graph.")
+
+    def compile_options(self, device_type: str) -> CompileOptions | None:
+        """How to compile on a device of type "cpu", "cuda", ...; None not to."""
+        cuda = device_type == "cuda"
+        if self.compile == "off" or (self.compile == "auto" and not cuda):
+            return None
+        return CompileOptions(self.compile_mode or ("reduce-overhead" if cuda else "default"), self.fullgraph)
 
     @property
     def load_options(self) -> LoadOptions:
@@ -40,6 +57,9 @@ class ModelConfig(ServiceConfig):
             model=self.model,
             dtype=self.dtype,
             quantization=self.quantization,
+            quantization_compute_dtype=self.quantization_compute_dtype,
+            double_quantization=self.double_quantization,
             device=self.device,
             attn_implementation=self.attn_implementation,
+            sdpa_backend=self.sdpa_backend,
         )

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from specpair.errors import ModelLoadError
-from specpair_runtime.models.attention import GROUPED, register_attention
+from specpair_runtime.models.attention import register_attention, registered_name
+from specpair_runtime.models.options import (
+    DTYPES,
+    LoadOptions,
+    check_available,
+    quantization_config,
+    resolve_device,
+)
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
-__all__ = [
-    "AttentionName",
-    "DtypeName",
-    "LoadOptions",
-    "LoadedModel",
-    "QuantizationName",
-    "check_causal",
-    "load_config",
-    "load_model",
-]
-
-DtypeName = Literal["bf16", "fp16", "fp32"]
-QuantizationName = Literal["none", "int8", "nf4", "fp4"]
-AttentionName = Literal["sdpa", "eager"]
-
-_DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ATTENTION: dict[AttentionName, str] = {"sdpa": GROUPED, "eager": "eager"}
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What to load and how; each field is an option of the services by the same name."""
-
-    model: str
-    dtype: DtypeName = "bf16"
-    quantization: QuantizationName = "none"
-    device: str = "auto"
-    attn_implementation: AttentionName = "sdpa"
+__all__ = ["LoadOptions", "LoadedModel", "check_causal", "load_config", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -67,24 +38,37 @@ class LoadedModel:
         positions: int | None = getattr(config, "max_position_embeddings", None)
         return positions
 
+    @property
+    def quantization(self) -> str:
+        """As configured, or the method of a checkpoint that brings its own."""
+        own = getattr(self.model.config, "quantization_config", None)
+        if self.options.quantization != "none" or own is None:
+            return self.options.quantization
+        return _method(own)
+
 
 def load_model(options: LoadOptions) -> LoadedModel:
     """Loads weights (safetensors only, no remote code) and tokenizer.
 
-    Raises ModelLoadError whose field is the option at fault.
+    A checkpoint that was quantized before it was saved is loaded as transformers does. Raises ModelLoadError whose
+    field is the option at fault.
     """
     transformers_logging.disable_progress_bar()
-    device = _device(options.device)
+    device = resolve_device(options.device)
+    check_available(options, device)
     register_attention()
     config = load_config(options.model)
     check_causal(config)
+    own = getattr(config, "quantization_config", None)
+    if own is not None and options.quantization != "none":
+        raise ModelLoadError(f"the checkpoint is quantized already: {_method(own)}", field="quantization")
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             options.model,
             config=config,
-            dtype=_DTYPES[options.dtype],
-            attn_implementation=_ATTENTION[options.attn_implementation],
-            quantization_config=_quantization(options),
+            dtype=DTYPES[options.dtype],
+            attn_implementation=registered_name(options.attn_implementation),
+            quantization_config=quantization_config(options),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -132,30 +116,10 @@ def _check_directory(model: str) -> None:
         raise ModelLoadError(f"no such directory: {model}", field="model")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelLoadError(f"unknown device {name!r}", field="device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"{name!r} is not available: no CUDA device is visible", field="device")
-    return device
-
-
-def _quantization(options: LoadOptions) -> BitsAndBytesConfig | None:
-    if options.quantization == "none":
-        return None
-    if options.quantization == "int8":
-        # Without outlier decomposition: that picks its columns from all rows of a step together, so a token's logits
-        # would depend on which proposals share its block (docs/determinism.md).
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=options.quantization,
-        bnb_4bit_compute_dtype=_DTYPES[options.dtype],
-    )
+def _method(own: object) -> str:
+    """The name of a checkpoint's own quantization, whose config is a dict before the model is built."""
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def _first_line(error: Exception) -> str:

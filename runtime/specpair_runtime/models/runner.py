@@ -11,17 +11,38 @@ batches only what shares it. The number of sessions in a batch was measured not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from specpair_runtime.models.attention import registered_name
 from specpair_runtime.models.masks import AttentionMasks
+from specpair_runtime.models.options import SdpaBackendName
 from specpair_runtime.models.slot_cache import SlotCache
 
-__all__ = ["ModelRunner"]
+__all__ = ["CompileModeName", "CompileOptions", "ModelRunner"]
+
+CompileModeName = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _SHORTEST_LENGTH = 256
+_SDPA_BACKENDS: dict[SdpaBackendName, SDPBackend] = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How steps are compiled; reduce-overhead records CUDA graphs."""
+
+    mode: CompileModeName = "default"
+    fullgraph: bool = True
 
 
 class ModelRunner:
@@ -33,7 +54,15 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, slots: int, max_length: int, scratch: int, vocabulary: int, compile_: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        scratch: int,
+        vocabulary: int,
+        compile_: CompileOptions | None = None,
+        sdpa_backend: SdpaBackendName = "auto",
     ) -> None:
         self.model = model
         self.device: torch.device = model.device
@@ -42,16 +71,19 @@ class ModelRunner:
         self.scratch = scratch
         self.parking = max_length
         self.vocabulary = vocabulary
-        self.compiled = compile_
+        self.compiled = compile_ is not None
+        # FlashAttention reads as far as each slot's length by itself: it needs no shorter view and no mask.
+        self._flash = model.config._attn_implementation == registered_name("flash_attention_2")
+        self._sdpa_backend = _SDPA_BACKENDS.get(sdpa_backend)
         capacity = -(-(max_length + scratch) // 64) * 64
         self._cache = SlotCache(model.config, slots, capacity, self.device)
-        self._masks = AttentionMasks(model.config, model.dtype)
+        self._masks = AttentionMasks(model.config, model.dtype, counts_only=self._flash)
         self._step = self._logits
-        if compile_:
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
+        if compile_ is not None:
             # One graph per batch and length bucket: more than dynamo allows by default.
             torch._dynamo.config.recompile_limit = 256
-            self._step = torch.compile(self._logits, fullgraph=True, dynamic=False, mode=mode)
+            mode = None if compile_.mode == "default" else compile_.mode
+            self._step = torch.compile(self._logits, fullgraph=compile_.fullgraph, dynamic=False, mode=mode)
 
     def batch_buckets(self) -> list[int]:
         """Batch sizes that `slot_range` returns: powers of two, and all slots."""
@@ -60,6 +92,8 @@ class ModelRunner:
 
     def length_buckets(self) -> list[int]:
         """Attended lengths in positions: doubling from 256 on, and the whole cache."""
+        if self._flash:
+            return [self._cache.positions]
         sizes = []
         size = _SHORTEST_LENGTH
         while size < self._cache.positions:
@@ -88,12 +122,14 @@ class ModelRunner:
         `length` is the `bucket` of the sessions that matter. Returns logits of [batch, rows, vocabulary] in the
         model's dtype, on its device.
         """
-        return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+        with self._kernels():
+            return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
 
     @torch.inference_mode()
     def eager_logits(self, first_slot: int, token_ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
         """As `logits`, never compiled."""
-        return self._logits(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+        with self._kernels():
+            return self._logits(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
 
     @torch.inference_mode()
     def reference_logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +147,12 @@ class ModelRunner:
         """Writes the KV of `token_ids` at positions from `start` on, without logits; never compiled."""
         ids = torch.tensor([token_ids])
         positions = self._positions(ids, torch.tensor([start]))
-        self._forward(self.model.base_model, slot, ids.to(self.device), positions, self.bucket(start, len(token_ids)))
+        length = self.bucket(start, len(token_ids))
+        with self._kernels():
+            self._forward(self.model.base_model, slot, ids.to(self.device), positions, length)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._sdpa_backend is None else sdpa_kernel(self._sdpa_backend)
 
     def _positions(self, token_ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         return (starts[:, None] + torch.arange(token_ids.shape[1])).to(self.device)

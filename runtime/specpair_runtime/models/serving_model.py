@@ -43,7 +43,8 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
         max_length=min(config.max_length, loaded.max_positions or config.max_length),
         scratch=max(widths),
         vocabulary=loaded.fingerprint.vocabulary_size,
-        compile_=config.compile == "on" or (config.compile == "auto" and loaded.model.device.type == "cuda"),
+        compile_=config.compile_options(loaded.model.device.type),
+        sdpa_backend=config.sdpa_backend,
     )
     check_slot_cache(runner)
     phase = PHASE_COMPILING if runner.compiled else PHASE_WARMING_UP

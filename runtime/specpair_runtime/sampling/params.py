@@ -71,19 +71,19 @@ class SamplingBatch:
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
         """Packs parameters onto a device."""
+        # Greedy rows are the same under both rules, and nothing is cut off them, whatever they ask for.
+        rows = [GREEDY if params.greedy else params for params in rows]
         sampled = [params for params in rows if not params.greedy]
-        # Greedy rows are the same under both rules.
-        rejection = [params.rejection and not params.greedy for params in rows]
         return cls(
             temperature=torch.tensor([params.temperature for params in rows], dtype=torch.float32, device=device),
             top_k=torch.tensor([params.top_k for params in rows], dtype=torch.int64, device=device),
             top_p=torch.tensor([params.top_p for params in rows], dtype=torch.float32, device=device),
             min_p=torch.tensor([params.min_p for params in rows], dtype=torch.float32, device=device),
             seed=torch.tensor([params.seed for params in rows], dtype=torch.int64, device=device),
-            rejection=torch.tensor(rejection, dtype=torch.bool, device=device),
+            rejection=torch.tensor([params.rejection for params in rows], dtype=torch.bool, device=device),
             any_sampled=bool(sampled),
             largest_top_k=max((params.top_k for params in sampled), default=0),
             any_top_p=any(params.top_p < 1.0 for params in sampled),
             any_min_p=any(params.min_p > 0.0 for params in sampled),
-            any_rejection=any(rejection),
+            any_rejection=any(params.rejection for params in sampled),
         )

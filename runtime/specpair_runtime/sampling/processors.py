@@ -29,7 +29,7 @@ def process(logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
 
 def _top_k(scores: torch.Tensor, top_k: torch.Tensor, largest_top_k: int) -> torch.Tensor:
     most = min(largest_top_k, scores.shape[-1])
-    # Greedy sessions may have a larger k than any sampled one; it means nothing there.
+    # A k may be larger than the vocabulary; 0 means no limit, whatever its rank here.
     rank = (top_k - 1).clamp(min=0, max=most - 1)
     threshold = scores.topk(most, dim=-1).values.gather(-1, rank[:, None, None].expand(*scores.shape[:-1], 1))
     removed = (scores < threshold) & (top_k > 0)[:, None, None]

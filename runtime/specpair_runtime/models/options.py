@@ -1,0 +1,102 @@
+"""What a model can be loaded with, and whether this machine can do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from specpair.errors import ModelLoadError
+
+__all__ = [
+    "DTYPES",
+    "AttentionName",
+    "DtypeName",
+    "LoadOptions",
+    "QuantizationName",
+    "SdpaBackendName",
+    "check_available",
+    "quantization_config",
+    "resolve_device",
+]
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
+QuantizationName = Literal["none", "int8", "nf4", "fp4"]
+AttentionName = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+SdpaBackendName = Literal["auto", "math", "flash", "efficient", "cudnn"]
+
+DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how; each field is an option of the services by the same name."""
+
+    model: str
+    dtype: DtypeName = "bf16"
+    quantization: QuantizationName = "none"
+    quantization_compute_dtype: DtypeName | None = None
+    double_quantization: bool = False
+    device: str = "auto"
+    attn_implementation: AttentionName = "sdpa"
+    sdpa_backend: SdpaBackendName = "auto"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first CUDA device, else the CPU. Raises ModelLoadError naming `device`."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelLoadError(f"unknown device {name!r}", field="device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"{name!r} is not available: no CUDA device is visible", field="device")
+    return device
+
+
+def check_available(options: LoadOptions, device: torch.device) -> None:
+    """Raises ModelLoadError naming an option that this machine, or the other options, cannot go with."""
+    if options.attn_implementation == "flash_attention_2":
+        _check_flash(options, device)
+    if options.sdpa_backend != "auto" and options.attn_implementation != "sdpa":
+        raise ModelLoadError(
+            f"chooses among kernels of sdpa, not of {options.attn_implementation}", field="sdpa_backend"
+        )
+    if options.sdpa_backend in ("efficient", "cudnn") and device.type != "cuda":
+        raise ModelLoadError(f"{options.sdpa_backend} needs a CUDA device", field="sdpa_backend")
+    if options.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise ModelLoadError(f"{options.quantization} needs the package bitsandbytes", field="quantization")
+    four_bit = options.quantization in ("nf4", "fp4")
+    if options.double_quantization and not four_bit:
+        raise ModelLoadError("is for nf4 and fp4", field="double_quantization")
+    if options.quantization_compute_dtype is not None and not four_bit:
+        raise ModelLoadError("is for nf4 and fp4", field="quantization_compute_dtype")
+
+
+def _check_flash(options: LoadOptions, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ModelLoadError("flash_attention_2 needs a CUDA device", field="attn_implementation")
+    if find_spec("flash_attn") is None:
+        raise ModelLoadError("flash_attention_2 needs the package flash-attn", field="attn_implementation")
+    if options.dtype == "fp32":
+        raise ModelLoadError("flash_attention_2 needs bf16 or fp16", field="attn_implementation")
+
+
+def quantization_config(options: LoadOptions) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration of the options, None without quantization."""
+    if options.quantization == "none":
+        return None
+    if options.quantization == "int8":
+        # Without outlier decomposition: that picks its columns from all rows of a step together, so a token's logits
+        # would depend on which proposals share its block (docs/determinism.md).
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quantization,
+        bnb_4bit_compute_dtype=DTYPES[options.quantization_compute_dtype or options.dtype],
+        bnb_4bit_use_double_quant=options.double_quantization,
+    )
