@@ -39,6 +39,18 @@ _SCRATCH = 16
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one shape costs: median and interquartile range in milliseconds, and the ratio to a step of one row."""
+
+    format: str
+    sessions: int
+    width: int
+    milliseconds: float
+    spread: float
+    ratio_to_one_row: float
+
+
+@dataclass(frozen=True)
 class Options:
     """What is measured; defaults are those of the published figures."""
 
@@ -75,12 +87,13 @@ def _prefill(runner: ModelRunner, slots: int) -> None:
 
 
 def _step(runner: ModelRunner, batch: int, width: int, start: int = _CONTEXT, length: int = 256) -> torch.Tensor:
-    """Logits of [width, vocabulary] of the first of `batch` sessions that are all at the same place."""
-    rows = torch.tensor([_text(runner)[start : start + width]] * batch)
+    """Logits of [width, vocabulary] of the first of `batch` sessions at the same place; the others say other things."""
+    text = _text(runner)
+    rows = torch.tensor([text[start - other * width :][:width] for other in range(batch)])
     return runner.logits(0, rows, torch.full((batch,), start), length)[0]
 
 
-def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[dict[str, object]]:
+def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[Cost]:
     """Median milliseconds of a step; shapes and formats take turns, so that noise meets all of them."""
     shapes = [(1, width) for width in options.widths] + [(batch, options.width) for batch in options.batches[1:]]
     times: dict[tuple[str, int, int], list[float]] = {}
@@ -95,14 +108,8 @@ def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[
     for (name, batch, width), spent in times.items():
         plain = statistics.median(times[name, 1, 1])
         median = statistics.median(spent)
-        yield {
-            "format": name,
-            "sessions": batch,
-            "width": width,
-            "milliseconds": round(median, 3),
-            "spread": round(statistics.quantiles(spent, n=4)[2] - statistics.quantiles(spent, n=4)[0], 3),
-            "ratio_to_one_row": round(median / plain, 3),
-        }
+        lower, _, upper = statistics.quantiles(spent, n=4)
+        yield Cost(name, batch, width, round(median, 3), round(upper - lower, 3), round(median / plain, 3))
 
 
 def compare_bits(name: str, runner: ModelRunner, options: Options) -> dict[str, object]:
@@ -161,7 +168,10 @@ def main() -> None:
     costs = list(measure_cost(runners, options))
     bits = [compare_bits(name, runner, options) for name, runner in runners.items()]
     for cost in costs:
-        print("{format:5} {sessions} x {width:2} rows {milliseconds:8.2f} ms  x{ratio_to_one_row:.2f}".format(**cost))
+        print(
+            f"{cost.format:5} {cost.sessions} x {cost.width:2} rows "
+            f"{cost.milliseconds:8.2f} ms  x{cost.ratio_to_one_row:.2f}"
+        )
     for row in bits:
         print(row)
     result = {
@@ -170,7 +180,7 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "torch": torch.__version__,
         "options": asdict(options),
-        "cost": costs,
+        "cost": [asdict(cost) for cost in costs],
         "bits": bits,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")

@@ -50,7 +50,8 @@ class ModelRunner:
 
     `max_length` positions of each slot are usable; `scratch` more are there for rows that pad a step beyond them, and
     for the rows of slots that only lie between others (`parking`): no session ever attends to those.
-    `vocabulary` cuts the padding of the embedding matrix off the logits.
+    `vocabulary` cuts the padding of the embedding matrix off the logits. A `deterministic` runner takes all slots into
+    every step, so that its shape never depends on who else is there.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ModelRunner:
         vocabulary: int,
         compile_: CompileOptions | None = None,
         sdpa_backend: SdpaBackendName = "auto",
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.device: torch.device = model.device
@@ -72,6 +74,7 @@ class ModelRunner:
         self.parking = max_length
         self.vocabulary = vocabulary
         self.compiled = compile_ is not None
+        self._deterministic = deterministic
         # FlashAttention reads as far as each slot's length by itself: it needs no shorter view and no mask.
         self._flash = model.config._attn_implementation == registered_name("flash_attention_2")
         self._sdpa_backend = _SDPA_BACKENDS.get(sdpa_backend)
@@ -87,6 +90,8 @@ class ModelRunner:
 
     def batch_buckets(self) -> list[int]:
         """Batch sizes that `slot_range` returns: powers of two, and all slots."""
+        if self._deterministic:
+            return [self.slots]
         sizes = [1 << power for power in range(self.slots.bit_length()) if 1 << power < self.slots]
         return [*sizes, self.slots]
 

@@ -45,6 +45,7 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
         vocabulary=loaded.fingerprint.vocabulary_size,
         compile_=config.compile_options(loaded.model.device.type),
         sdpa_backend=config.sdpa_backend,
+        deterministic=config.deterministic,
     )
     check_slot_cache(runner)
     phase = PHASE_COMPILING if runner.compiled else PHASE_WARMING_UP
