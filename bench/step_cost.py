@@ -183,6 +183,7 @@ def main() -> None:
         "cost": [asdict(cost) for cost in costs],
         "bits": bits,
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
 
 

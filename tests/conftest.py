@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
-from .tiny import TinyModels
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("specpair", deadline=None)
+hypothesis.settings.load_profile("specpair")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Tiny random models, each made when it is first asked for."""
+    from .tiny import TinyModels  # loads torch, which most tests of the client do without
+
     return TinyModels(tmp_path_factory.mktemp("tiny"))

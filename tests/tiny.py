@@ -116,9 +116,10 @@ class TinyModels:
             torch.manual_seed(23)
             model = AutoModelForCausalLM.from_config(_CONFIGS[name]())
             model.generation_config = GenerationConfig(**_NO_SPECIAL_IDS)
-            model.save_pretrained(path)
             if name == "llama-text":
+                _make_readable(model.get_output_embeddings().weight.data)
                 tiny_tokenizer().save_pretrained(path)
+            model.save_pretrained(path)
         return str(path)
 
     def reference(self, name: str) -> Reference:
@@ -126,6 +127,14 @@ class TinyModels:
         if name not in self._references:
             self._references[name] = Reference(AutoModelForCausalLM.from_pretrained(self.path(name)).eval())
         return self._references[name]
+
+
+def _make_readable(head: torch.Tensor) -> None:
+    """Makes ASCII likelier than halves of other characters, and the padding of the vocabulary likelier than all."""
+    tokenizer = tiny_tokenizer()
+    unreadable = [id_ for id_ in range(len(tokenizer)) if not tokenizer.decode([id_]).isascii()]
+    head[unreadable] *= 0.8
+    head[len(tokenizer) :] *= 2
 
 
 class Reference:
@@ -187,3 +196,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer like Llama 2's: spaces belong to words, the first one is left out, rare characters fall into bytes."""
+    ids = {
+        token: id_ for id_, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    }
+    merges = [("s", "t"), ("st", "o"), ("sto", "p"), ("\u2581", "stop"), ("\u2581", "a"), ("d", "e"), ("\u2581", "de")]
+    for token in (*"\u2581abcdefghijklmnopqrstuvwxyz():", *(a + b for a, b in merges)):
+        ids[token] = len(ids)
+    tokenizer = Tokenizer(BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 __all__ = ["PairOptions", "make_pair", "parse"]
 
@@ -92,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> PairOptions:
 def main() -> None:
     """Makes the pair and says what it is."""
     options = parse()
+    logging.disable_progress_bar()
     try:
         target, draft = make_pair(options)
     except ValueError as error:

@@ -28,9 +28,20 @@ from specpair.errors import (
 )
 from specpair.messages import Fingerprint, ModelInfo, Phase
 from specpair.params import AcceptanceRule, ChatMessage, Prompt, SamplingParams
-from specpair.results import Chunk, FinishReason, Logprobs, ProposerChange, Result, Source, Stats, Token
+from specpair.results import (
+    Chunk,
+    FinishReason,
+    Logprobs,
+    PositionExplanation,
+    ProposerChange,
+    Result,
+    Source,
+    Stats,
+    Token,
+)
+from specpair.session import Session
 from specpair.stream import TokenStream
-from specpair.sync import SyncSpeculativeClient, SyncTokenStream
+from specpair.sync import SyncSession, SyncSpeculativeClient, SyncTokenStream
 
 __all__ = [
     "AcceptanceRule",
@@ -48,15 +59,18 @@ __all__ = [
     "ModelLoadError",
     "OverloadedError",
     "Phase",
+    "PositionExplanation",
     "Prompt",
     "ProposerChange",
     "ProtocolError",
     "Result",
     "SamplingParams",
+    "Session",
     "Source",
     "SpecpairError",
     "SpeculativeClient",
     "Stats",
+    "SyncSession",
     "SyncSpeculativeClient",
     "SyncTokenStream",
     "Token",

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Self, TypedDict
+from typing import Self, TypedDict
 
 from specpair.compatibility import Pairing
+from specpair.drafting import Drafting, Kind
 from specpair.errors import DeadlineError, InvalidRequestError, SpecpairError, UnavailableError
 from specpair.grpc_transports import GrpcDraft, GrpcTarget
-from specpair.messages import DraftStart, ModelInfo, Start, Started
+from specpair.loop import Loop
+from specpair.messages import DraftStart, Explain, ModelInfo, Started
 from specpair.meter import Meter
 from specpair.params import Prompt, SamplingParams
-from specpair.proposers import Fallback, ModelDraft, NgramDraft, Proposer
-from specpair.results import Chunk, Result
-from specpair.session import Plan, Session
+from specpair.results import PositionExplanation, Result
+from specpair.session import Session, follow
 from specpair.stream import TokenStream
 from specpair.transports import DraftTransport, TargetTransport
+from specpair.turn import Turn
 
 __all__ = ["DEFAULT_DRAFT", "DEFAULT_TARGET", "ClientOptions", "SpeculativeClient"]
 
@@ -73,16 +74,15 @@ class SpeculativeClient:
             raise InvalidRequestError("must not be negative", field="draft_length")
         if draft_timeout <= 0:
             raise InvalidRequestError("must be above 0", field="draft_timeout")
-        self._kind, address = _parse(draft)
-        self._draft_length = draft_length
-        self._draft_timeout = draft_timeout
+        kind, address = _parse(draft)
         self._connect_timeout = connect_timeout
         self._target = target_transport or GrpcTarget(target)
         self._draft: DraftTransport | None = None
-        if self._kind in ("model", "auto"):
+        pairing = None
+        if kind in ("model", "auto"):
             self._draft = draft_transport or GrpcDraft(address)
-            self._pairing = Pairing(self._target, self._draft, within=connect_timeout)
-        self._refusal = ""
+            pairing = Pairing(self._target, self._draft, within=connect_timeout)
+        self._drafting = Drafting(kind, pairing, length=draft_length, timeout=draft_timeout)
 
     async def generate(
         self,
@@ -101,10 +101,31 @@ class SpeculativeClient:
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> TokenStream:
         """Continues a prompt, chunk by chunk, with the provenance of every token."""
+        turn = Turn(prompt, params or SamplingParams())
+        if self._drafting.kind == "none":
+            return TokenStream(turn, follow(self._target, turn, timeout), timeout)
+        session = Session(self._target, self._drafting.session(timeout), within=timeout)
+        return TokenStream(turn, session.only(turn), timeout)
+
+    def session(self) -> Session:
+        """Several turns on one KV cache: `async with client.session() as session`. See `Session`."""
+        return Session(self._target, self._drafting.session())
+
+    async def explain(
+        self,
+        prompt: Prompt,
+        proposal_token_ids: Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+    ) -> tuple[PositionExplanation, ...]:
+        """Why the target would accept or reject each id of a proposal behind a prompt, for debugging.
+
+        Without a proposal the client's proposer makes one, as the first of a generation; under the rejection rule its
+        probabilities are part of it. The last explanation is for the place behind the proposal.
+        """
         params = params or SamplingParams()
-        meter = Meter()
-        session = Session(self._target, Start(prompt, params), meter=meter, within=timeout)
-        return TokenStream(session, self._chunks(session, params, meter, timeout), timeout)
+        if proposal_token_ids is None:
+            return await self._target.explain(await self._proposed(prompt, params))
+        return await self._target.explain(Explain(prompt, params, proposal_token_ids))
 
     async def info(self) -> tuple[ModelInfo, ModelInfo | None]:
         """What the target and the draft run; None without a draft service, or if it cannot be reached."""
@@ -145,41 +166,21 @@ class SpeculativeClient:
     ) -> None:
         await self.aclose()
 
-    def _chunks(
-        self, session: Session, params: SamplingParams, meter: Meter, within: float | None
-    ) -> AsyncGenerator[Chunk]:
-        if self._kind == "none":
-            return session.follow()
-        return session.speculate(partial(self._plan, params, meter, within))
-
-    async def _plan(self, params: SamplingParams, meter: Meter, within: float | None) -> Plan:
-        """Who proposes: the draft service if there is one that can be used, else prompt lookup."""
-        meter.use("ngram")
-        if (draft := self._draft) is None:
-            return Plan(lambda _: NgramDraft(self._draft_length))
-        agreement = await self._pairing.check()
-        if agreement.mismatch is not None and self._kind == "model":
-            raise agreement.mismatch
-        if agreement.refusal:
-            meter.change(1, "ngram", agreement.refusal)
-            self._warn(agreement.refusal)
-            return Plan(lambda _: NgramDraft(self._draft_length))
-        meter.use("model")
-
-        def proposer(started: Started) -> Proposer:
-            start = DraftStart(started.prompt_token_ids, params, session_id=started.session_id)
-            return Fallback(
-                ModelDraft(draft, start, draft_length=self._draft_length, within=within),
-                NgramDraft(self._draft_length),
-                timeout=self._draft_timeout,
-                on_loss=lost,
-            )
-
-        def lost(round: int, reason: str) -> None:
-            self._pairing.forget()  # what comes back at its address may be another draft
-            meter.change(round, "ngram", reason)
-
-        return Plan(proposer, agreement.vocabulary_size)
+    async def _proposed(self, prompt: Prompt, params: SamplingParams) -> Explain:
+        """What the proposer says behind a prompt, as the first block of a session would carry it."""
+        info = await self._target_info()
+        ids = await self._target.tokenize(prompt)
+        draft = self._drafting.session()
+        try:
+            plan = await draft.plan(Meter())
+            started = Started("", ids, 0, len(ids), max(info.verify_width - 1, 0), info.max_length)
+            loop = Loop(started, params, vocabulary_size=plan.vocabulary_size)
+            ask = loop.propose(loop.limit if self._drafting.length is None else self._drafting.length)
+            proposer = plan.proposer(DraftStart(ids, params))
+            block = loop.verify(ask, await proposer.propose(ask) if ask.max_tokens else None)
+        finally:
+            draft.cancel()
+        return Explain(ids, params, block.token_ids, block.draft_probs)
 
     async def _target_info(self) -> ModelInfo:
         try:
@@ -187,14 +188,8 @@ class SpeculativeClient:
         except DeadlineError:
             raise UnavailableError(f"the target did not answer within {self._connect_timeout:g} s") from None
 
-    def _warn(self, refusal: str) -> None:
-        """Says so once, not with every generation."""
-        if refusal != self._refusal:
-            _log.warning("%s; going on with n-gram", refusal)
-        self._refusal = refusal
 
-
-def _parse(draft: str) -> tuple[Literal["model", "auto", "ngram", "none"], str]:
+def _parse(draft: str) -> tuple[Kind, str]:
     """What kind of draft is meant, and the address of its service if it has one."""
     match draft:
         case "none":

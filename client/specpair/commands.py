@@ -14,12 +14,26 @@ import typer
 
 import specpair
 from specpair import demo as demonstration
+from specpair import memory
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, SpeculativeClient
 from specpair.errors import InvalidRequestError, SpecpairError
+from specpair.explaining import continuation_ids, parse_ids, texts_of
 from specpair.grpc_transports import GrpcTarget
 from specpair.messages import ModelInfo
-from specpair.params import SamplingParams
-from specpair.rendering import StreamPrinter, info_table, result_object, stderr, stdout, summary
+from specpair.params import AcceptanceRule, SamplingParams
+from specpair.rendering import (
+    StreamPrinter,
+    explanation_object,
+    explanation_table,
+    info_table,
+    plan_summary,
+    plan_table,
+    result_object,
+    stderr,
+    stdout,
+    summary,
+)
+from specpair.results import PositionExplanation
 
 __all__ = ["app"]
 
@@ -40,6 +54,31 @@ _Draft = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Text = Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)]
+_File = Annotated[str | None, typer.Option(metavar="FILE", help="Take the text from a file; - is standard input.")]
+_DraftLength = Annotated[
+    int | None, typer.Option(help="Tokens to propose per round; default: what is fastest.", show_default=False)
+]
+_Temperature = Annotated[float | None, typer.Option(help="0, the default, is greedy.", show_default=False)]
+_TopK = Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default=False)]
+_TopP = Annotated[float | None, typer.Option(help="Keep this much probability.", show_default=False)]
+_MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens at least so probable, relative to the best.", show_default=False)
+]
+_Repetition = Annotated[
+    float | None, typer.Option(help="Above 1: make tokens of prompt and output less likely.", show_default=False)
+]
+_Presence = Annotated[float | None, typer.Option(help="Taken from the score of generated tokens.", show_default=False)]
+_Frequency = Annotated[
+    float | None, typer.Option(help="The same, once for each time that a token was generated.", show_default=False)
+]
+_Bias = Annotated[
+    list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to the score of a token; may be repeated.")
+]
+_Seed = Annotated[int | None, typer.Option(help="Seed of the noise.", show_default=False)]
+_Rule = Annotated[
+    AcceptanceRule | None, typer.Option(help="How proposals are judged; default: coupled.", show_default=False)
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -53,22 +92,32 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Take the text from a file; - is standard input.")
-    ] = None,
+    prompt: _Text = None,
+    prompt_file: _File = None,
     target: _Target = DEFAULT_TARGET,
     draft: _Draft = DEFAULT_DRAFT,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0, the default, is greedy.", show_default=False)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default=False)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of the sequence.")] = False,
-    draft_length: Annotated[
-        int | None, typer.Option(help="Tokens to propose per round; default: what is fastest.", show_default=False)
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens before the sequence may end.", show_default=False)
     ] = None,
+    temperature: _Temperature = None,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    min_p: _MinP = None,
+    repetition_penalty: _Repetition = None,
+    presence_penalty: _Presence = None,
+    frequency_penalty: _Frequency = None,
+    logit_bias: _Bias = None,
+    seed: _Seed = None,
+    rule: _Rule = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="Stop at this token; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of the sequence.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --json: log probabilities, of the N best tokens too.", show_default=False),
+    ] = None,
+    draft_length: _DraftLength = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to take at most.", show_default=False)] = None,
     as_json: _Json = False,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids in place of text.")] = False,
@@ -79,10 +128,19 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_biases(logit_bias),
         seed=seed,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        rule=rule,
         stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
+        logprobs=logprobs,
     )
 
     async def run() -> None:
@@ -102,6 +160,90 @@ def generate(
             stderr.print(summary(stream.result.stats), style="dim")
 
     asyncio.run(run())
+
+
+@app.command()
+def explain(
+    prompt: _Text = None,
+    prompt_file: _File = None,
+    proposal_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="Token ids to judge.", show_default=False)
+    ] = None,
+    proposal: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Text to judge; its tokens may be others than a model would propose for it."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|ngram|none", help="Judge what this draft proposes.")
+    ] = None,
+    target: _Target = DEFAULT_TARGET,
+    temperature: _Temperature = None,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    min_p: _MinP = None,
+    repetition_penalty: _Repetition = None,
+    presence_penalty: _Presence = None,
+    frequency_penalty: _Frequency = None,
+    logit_bias: _Bias = None,
+    seed: _Seed = None,
+    rule: _Rule = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="With --draft: tokens to propose.", show_default="as many as a block holds")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show why the target would accept or reject each token of a proposal behind a text."""
+    text = _prompt(prompt, prompt_file)
+    if [proposal_ids, proposal, draft].count(None) != 2:
+        raise InvalidRequestError("give one of --proposal-ids, --proposal and --draft", field="proposal")
+    given = parse_ids(proposal_ids, "proposal_ids") if proposal_ids is not None else None
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_biases(logit_bias),
+        seed=seed,
+        rule=rule,
+    )
+
+    async def ask() -> tuple[tuple[PositionExplanation, ...], dict[int, str]]:
+        async with SpeculativeClient(target, draft or "none", draft_length=draft_length) as client:
+            ids = given if proposal is None else await continuation_ids(client, text, proposal)
+            explained = await client.explain(text, ids, params)
+            said = [one.target_token_id for one in explained]
+            proposed = [one.proposed_token_id for one in explained if one.proposed_token_id is not None]
+            return explained, await texts_of(client, [*said, *proposed])
+
+    explained, texts = asyncio.run(ask())
+    if as_json:
+        print(json.dumps(explanation_object(explained, texts)))
+    else:
+        stdout.print(explanation_table(explained, texts))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Directory or hub id; only its configuration is read.")],
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="KV cache positions per slot.", show_default="2048")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="SIZE", help="Memory to fit in, as 24GB or 80GiB; may be repeated.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show what a model takes of memory in each format, and how many KV slots fit beside it on given GPUs."""
+    with stderr.status("computing"):
+        found = memory.plan(model, max_length=max_length, memory=gpu or ())
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    stdout.print(plan_summary(found))
+    stdout.print(plan_table(found))
 
 
 @app.command()
@@ -177,6 +319,18 @@ def demo(
             as_json=as_json,
         )
     )
+
+
+def _biases(given: list[str] | None) -> dict[int, float] | None:
+    """The biases of options such as 7=-1.5."""
+    biases = {}
+    for option in given or ():
+        token_id, _, value = option.partition("=")
+        try:
+            biases[int(token_id)] = float(value)
+        except ValueError:
+            raise InvalidRequestError(f"{option!r} is not ID=VALUE, like 7=-1.5", field="logit_bias") from None
+    return biases or None
 
 
 def _prompt(argument: str | None, file: str | None) -> str:

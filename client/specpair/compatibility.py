@@ -31,7 +31,7 @@ class Pairing:
 
     def __init__(self, target: TargetTransport, draft: DraftTransport, *, within: float) -> None:
         self._target = target
-        self._draft = draft
+        self.draft = draft
         self._within = within
         self._kept: Agreement | None = None
 
@@ -44,7 +44,7 @@ class Pairing:
 
     async def _ask(self) -> Agreement:
         target, draft = await asyncio.gather(
-            self._target.info(self._within), self._draft.info(self._within), return_exceptions=True
+            self._target.info(self._within), self.draft.info(self._within), return_exceptions=True
         )
         if isinstance(target, BaseException):
             raise target

@@ -19,8 +19,11 @@ back into the same exception with `from_rpc_error`. Both read one table.
 
 from __future__ import annotations
 
+import contextlib
+
 import grpc
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -140,14 +143,16 @@ def from_rpc_error(failed: grpc.RpcError) -> SpecpairError:
     code: grpc.StatusCode = failed.code()
     message: str = failed.details() or code.name
     field = reason = ""
-    status = rpc_status.from_call(failed)
-    for detail in status.details if status is not None else ():
-        bad_request, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
-        if detail.Unpack(bad_request) and bad_request.field_violations:
-            field = bad_request.field_violations[0].field
-            message = bad_request.field_violations[0].description
-        elif detail.Unpack(info):
-            reason = info.reason
+    # Details that contradict the call's own status, or that are no message, say nothing: code and message stand.
+    with contextlib.suppress(ValueError, DecodeError):
+        status = rpc_status.from_call(failed)
+        for detail in status.details if status is not None else ():
+            bad_request, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+            if detail.Unpack(bad_request) and bad_request.field_violations:
+                field = bad_request.field_violations[0].field
+                message = bad_request.field_violations[0].description
+            elif detail.Unpack(info):
+                reason = info.reason
     return _ERROR.get(code, InternalError)(message, field=field, reason=reason)
 
 

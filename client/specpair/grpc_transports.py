@@ -19,6 +19,8 @@ from specpair.messages import (
     DraftAsk,
     DraftStart,
     DraftStarted,
+    Explain,
+    Extend,
     ModelInfo,
     Proposal,
     Start,
@@ -26,6 +28,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import Prompt
+from specpair.results import PositionExplanation
 from specpair.transports import ProposeStream, Receiver, VerifyStream
 from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
@@ -49,11 +52,16 @@ _Call = aio.StreamStreamCall[Any, Any] | aio.UnaryStreamCall[Any, Any]
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Failed calls become exceptions of `specpair.errors`."""
+    """Failed calls become exceptions of `specpair.errors`; so do calls that somebody else has given up."""
     try:
         yield
     except grpc.RpcError as failed:
         raise from_rpc_error(failed) from None
+    except asyncio.CancelledError:
+        # grpc raises it for a call that was cancelled here, too: then nobody has cancelled this task.
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise UnavailableError("the call was ended on this side") from None
     except aio.UsageError:
         raise UnavailableError("the client is closed") from None
 
@@ -161,13 +169,19 @@ class GrpcTarget(_GrpcService):
             return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
 
     async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
-        first = wire.start_request(start)
+        first = wire.verify_request(start)
         call = self._stub.Verify(timeout=within)
-        return await _GrpcStream[Block, Started | Verdict].open(call, first, wire.verify_response, wire.block_request)
+        stream = _GrpcStream[Block | Extend, Started | Verdict]
+        return await stream.open(call, first, wire.verify_response, wire.verify_request)
 
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
         call = self._stub.Generate(wire.generate_request(start), timeout=within)
         return _GrpcStream[NoReturn, Started | Committed](call, wire.generate_response, _nothing)
+
+    async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:
+        request = wire.explain_request(question)
+        with _translated():
+            return wire.explain_response(await self._stub.ExplainVerify(request, timeout=within))
 
     async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]:
         request = wire.tokenize_request(prompt)
@@ -195,7 +209,7 @@ class GrpcDraft(_GrpcService):
             return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
 
     async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
-        first = wire.draft_start_request(start)
+        first = wire.propose_request(start)
         call = self._stub.Propose(timeout=within)
-        stream = _GrpcStream[DraftAsk, DraftStarted | Proposal]
-        return await stream.open(call, first, wire.propose_response, wire.ask_request)
+        stream = _GrpcStream[DraftAsk | DraftStart, DraftStarted | Proposal]
+        return await stream.open(call, first, wire.propose_response, wire.propose_request)

@@ -7,6 +7,8 @@ round, with the log standing at `length` tokens:
     ask = loop.propose(k)                   at most k ids behind the whole log
     block = loop.verify(proposal)           those of them that can be verified, at base_length = length
     chunk = loop.commit(verdict)            a accepted ids and one of the target's own: length += a + 1
+
+A session's next turn is a `Loop` of its own, which takes over the log as far as the target says that it stays.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from specpair.results import Chunk, FinishReason, Source, Token
 
 __all__ = ["Ask", "Loop"]
 
+# What a target takes for a distribution: at most so many ids, probabilities that sum to 1 but for rounding.
+_MOST_SUPPORT = 64
+_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -35,19 +41,30 @@ class Ask:
 
 
 class Loop:
-    """One session's log of committed tokens, and which block is on its way.
+    """One turn of a session: the log of committed tokens, and which block is on its way.
 
     `vocabulary_size` is the real one, without padding; None if nothing from outside the vocabulary can be proposed.
+    `last` is the session's last turn.
     """
 
-    def __init__(self, started: Started, params: SamplingParams, *, vocabulary_size: int | None = None) -> None:
-        self.token_ids: list[int] = list(started.prompt_token_ids)
-        """Prompt and output. Position i holds token_ids[i]; the next token gets position len(token_ids)."""
+    def __init__(
+        self,
+        started: Started,
+        params: SamplingParams,
+        *,
+        vocabulary_size: int | None = None,
+        last: Loop | None = None,
+    ) -> None:
+        kept = last.token_ids[: started.cached_tokens] if last is not None else []
+        self.token_ids: list[int] = [*kept, *started.prompt_token_ids]
+        """The whole session. Position i holds token_ids[i]; the next token gets position len(token_ids)."""
+        self.prompt_length = len(self.token_ids)
         self.tokens: list[Token] = []
-        """The output of this session, with provenance."""
+        """The output of this turn, with provenance."""
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
-        self.round = 0
+        self.round: int = last.round if last is not None else 0
+        """Of the session: no two of its blocks have the same."""
         self.applied = 0
         """Steps of the target that moved the session on."""
         self.stale = 0
@@ -60,8 +77,11 @@ class Loop:
         self._vocabulary_size = vocabulary_size
         self._block: Block | None = None
         self._stale_rounds = 0
-        if started.length != len(self.token_ids) or not self.token_ids:
-            raise ProtocolError(f"the session starts at length {started.length}, its prompt has {len(self.token_ids)}")
+        if (started.cached_tokens, started.length) != (len(kept), self.prompt_length) or not started.prompt_token_ids:
+            raise ProtocolError(
+                f"the turn starts at length {started.length} with {started.cached_tokens} tokens that stay; "
+                f"here are {len(kept)} of those and {len(started.prompt_token_ids)} new ones"
+            )
 
     @property
     def waiting(self) -> bool:
@@ -151,12 +171,22 @@ class Loop:
         token_ids = proposal.token_ids[: ask.max_tokens]
         if (size := self._vocabulary_size) is not None:
             token_ids = tuple(takewhile(size.__gt__, token_ids))
-        if not self._rejection:
+        if not self._rejection or not proposal.draft_probs:
+            # Without draft probabilities the rejection rule takes the proposer to be certain of what it proposes.
             return token_ids, ()
-        # A proposer that computes no probabilities was certain of what it proposed.
-        draft_probs = proposal.draft_probs or tuple(SparseDistribution((id_,), (1.0,)) for id_ in token_ids)
-        usable = min(len(token_ids), len(draft_probs))
-        return token_ids[:usable], draft_probs[:usable]
+        pairs = list(takewhile(lambda pair: self._plausible(*pair), zip(token_ids, proposal.draft_probs, strict=False)))
+        return tuple(id_ for id_, _ in pairs), tuple(distribution for _, distribution in pairs)
+
+    def _plausible(self, token_id: int, sampled_from: SparseDistribution) -> bool:
+        """Whether the target will take it that `token_id` was sampled from a distribution."""
+        ids, probs = sampled_from.token_ids, sampled_from.probs
+        if not len(ids) == len(probs) == len(set(ids)) <= _MOST_SUPPORT:
+            return False
+        if (size := self._vocabulary_size) is not None and not all(map(size.__gt__, ids)):
+            return False
+        if not all(0.0 <= prob <= 1.0 + _TOLERANCE for prob in probs) or abs(sum(probs) - 1.0) > _TOLERANCE:
+            return False
+        return dict(zip(ids, probs, strict=True)).get(token_id, 0.0) > 0.0
 
     def _drop(self, block: Block | None, verdict: Verdict) -> None:
         """A block that the target did not apply: harmless as long as both sides agree on the length."""

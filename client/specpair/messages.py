@@ -5,6 +5,7 @@ The proto files are the reference for the meaning of each field; `wire` converts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,6 +18,8 @@ __all__ = [
     "DraftAsk",
     "DraftStart",
     "DraftStarted",
+    "Explain",
+    "Extend",
     "Fingerprint",
     "ModelInfo",
     "Phase",
@@ -87,8 +90,16 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Extend:
+    """Opens a session's next turn at the target."""
+
+    prompt: Prompt
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
-    """The target's answer to `Start`."""
+    """The target's answer to `Start` and to `Extend`: `prompt_token_ids` stand behind the first `cached_tokens`."""
 
     session_id: str
     prompt_token_ids: tuple[int, ...]
@@ -119,6 +130,16 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Explain:
+    """Asks why the target would accept or reject each id of a proposal behind a prompt."""
+
+    prompt: Prompt
+    params: SamplingParams
+    token_ids: Sequence[int]
+    draft_probs: tuple[SparseDistribution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """Tokens that the target has made part of the output."""
 
@@ -145,7 +166,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class DraftStart:
-    """Opens a session at the draft."""
+    """Opens a session at the draft, or its next turn: `token_ids` are the whole session, all of it prompt."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams

@@ -1,4 +1,4 @@
-"""What a session counts and times while it runs, for `Stats` and for the pacer."""
+"""What a turn counts and times while it runs, for `Stats` and for the pacer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from specpair.loop import Ask, Loop
-from specpair.messages import Proposal, Started, Verdict
+from specpair.messages import Proposal, Verdict
 from specpair.pacing import Round
 from specpair.results import ProposerChange, Source, Stats
 
@@ -19,7 +19,9 @@ class Meter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.now = clock
-        self.started: Started | None = None
+        self.rounds = 0
+        """Rounds begun, the current one included."""
+        self.cached_tokens = 0
         self._begin = clock()
         self._first: float | None = None
         self._last = self._mark = self._begin
@@ -29,16 +31,17 @@ class Meter:
         self._changes: list[ProposerChange] = []
 
     def use(self, proposer: str) -> None:
-        """The session starts with this proposer."""
+        """The turn starts with this proposer."""
         self._proposer = proposer
 
-    def change(self, round: int, proposer: str, reason: str) -> None:
-        """The session goes on with another proposer from this round on."""
+    def change(self, proposer: str, reason: str) -> None:
+        """The turn goes on with another proposer from the current round on."""
         self._proposer = proposer
-        self._changes.append(ProposerChange(round, proposer, reason))
+        self._changes.append(ProposerChange(max(self.rounds, 1), proposer, reason))
 
     def begin_round(self) -> None:
         """The proposer is about to be asked."""
+        self.rounds += 1
         self._mark = self.now()
 
     def proposal(self, proposal: Proposal | None) -> None:
@@ -69,7 +72,7 @@ class Meter:
 
     def stats(self, loop: Loop | None) -> Stats:
         """Everything so far."""
-        if loop is None or self.started is None:
+        if loop is None:
             return Stats(proposer=self._proposer, proposer_changes=tuple(self._changes))
         sources = Counter(token.source for token in loop.tokens)
         del sources[Source.TARGET]
@@ -79,8 +82,8 @@ class Meter:
             accepted=loop.accepted,
             accepted_by_source=dict(sources),
             stale=loop.stale,
-            prompt_tokens=len(self.started.prompt_token_ids),
-            cached_tokens=self.started.cached_tokens,
+            prompt_tokens=loop.prompt_length,
+            cached_tokens=self.cached_tokens,
             output_tokens=len(loop.tokens),
             seconds=self._last - self._begin,
             time_to_first_token=(self._first or self._last) - self._begin,

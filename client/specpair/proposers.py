@@ -15,7 +15,7 @@ from specpair.pacing import FixedPacer, GoodputPacer, Pacer
 from specpair.results import Source
 from specpair.transports import DraftTransport, ProposeStream
 
-__all__ = ["Fallback", "ModelDraft", "NgramDraft", "Proposer"]
+__all__ = ["Fallback", "ModelDraft", "NgramDraft", "Nobody", "Proposer"]
 
 _log = logging.getLogger("specpair")
 
@@ -38,17 +38,21 @@ class Proposer(Protocol):
 
     async def propose(self, ask: Ask) -> Proposal: ...
 
-    async def finish(self) -> None:
-        """The session has ended well: says so to whoever is behind this proposer."""
-        ...
 
-    def cancel(self) -> None:
-        """Lets go of everything at once."""
-        ...
+class Nobody:
+    """Proposes nothing."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        self.pacer: Pacer = FixedPacer(0)
+
+    async def propose(self, ask: Ask) -> Proposal:
+        return Proposal(ask.round, len(ask.token_ids), (), Source.TARGET)
 
 
 class NgramDraft:
-    """Prompt lookup over prompt and output."""
+    """Prompt lookup over a turn's prompt and output."""
 
     name = "ngram"
 
@@ -61,15 +65,9 @@ class NgramDraft:
         ids = tuple(self._index.lookup(ask.max_tokens))
         return Proposal(round=ask.round, base_length=len(ask.token_ids), token_ids=ids, source=Source.NGRAM)
 
-    async def finish(self) -> None:
-        pass
-
-    def cancel(self) -> None:
-        pass
-
 
 class ModelDraft:
-    """A session at a draft service, opened with the first ask.
+    """A session at a draft service. Every turn starts with `begin`; the service hears of it with the turn's first ask.
 
     `propose` raises an exception of `specpair.errors` when the service fails or breaks the protocol; the session cannot
     be used afterwards.
@@ -78,34 +76,37 @@ class ModelDraft:
     name = "model"
 
     def __init__(
-        self,
-        transport: DraftTransport,
-        start: DraftStart,
-        *,
-        draft_length: int | None = None,
-        within: float | None = None,
+        self, transport: DraftTransport, *, draft_length: int | None = None, within: float | None = None
     ) -> None:
         self.pacer: Pacer = GoodputPacer() if draft_length is None else FixedPacer(draft_length)
         self._transport = transport
-        self._start = start
         self._within = within
         self._stream: ProposeStream | None = None
+        self._start: DraftStart | None = None
+        self._known = 0
+
+    def begin(self, start: DraftStart) -> None:
+        """Starts a turn."""
+        self._start = start
         self._known = len(start.token_ids)
 
     @property
     def fresh(self) -> bool:
-        """Whether the service has not been asked yet: its first answer includes the prefill."""
-        return self._stream is None
+        """Whether the service has not been asked in this turn yet: its first answer includes the prefill."""
+        return self._start is not None
 
     async def propose(self, ask: Ask) -> Proposal:
-        opening = self._stream is None
-        if self._stream is None:
-            self._stream = await self._transport.propose(self._start, self._within)
+        start, self._start = self._start, None
+        if start is not None and self._stream is not None:
+            await self._stream.send(start)
+        elif start is not None:
+            self._stream = await self._transport.propose(start, self._within)
+        assert self._stream is not None, "a turn starts with begin"
         news = tuple(ask.token_ids[self._known :])
         await self._stream.send(DraftAsk(ask.round, self._known, news, min(ask.max_tokens, _MOST_TOKENS)))
         self._known = len(ask.token_ids)
         answer = await self._stream.receive()
-        if opening:
+        if start is not None:
             if not isinstance(answer, DraftStarted):
                 raise ProtocolError("the draft proposed before it started")
             answer = await self._stream.receive()
@@ -116,10 +117,12 @@ class ModelDraft:
         return answer
 
     async def finish(self) -> None:
+        """The session has ended well: says so to the service."""
         if self._stream is not None:
             await self._stream.finish()
 
     def cancel(self) -> None:
+        """Lets go of the service at once."""
         if self._stream is not None:
             self._stream.cancel()
 
@@ -127,13 +130,11 @@ class ModelDraft:
 class Fallback:
     """A draft service as long as it answers in time, prompt lookup from the round on in which it does not.
 
-    `timeout` is what a draft may take for one round, in seconds. The first round, which includes connecting and its
-    prefill, may take five times as long. `on_loss` is called with the round of the change and its reason.
+    `timeout` is what a draft may take for one round, in seconds. A turn's first round, which includes connecting and
+    the prefill, may take five times as long. `on_loss` is called with the reason of the change.
     """
 
-    def __init__(
-        self, draft: ModelDraft, ngram: NgramDraft, *, timeout: float, on_loss: Callable[[int, str], None]
-    ) -> None:
+    def __init__(self, draft: ModelDraft, ngram: NgramDraft, *, timeout: float, on_loss: Callable[[str], None]) -> None:
         self._draft: ModelDraft | None = draft
         self._ngram = ngram
         self._timeout = timeout
@@ -163,14 +164,8 @@ class Fallback:
                 self._lose(draft, ask, f"draft lost: {lost}")
         return await self._ngram.propose(ask)
 
-    async def finish(self) -> None:
-        await self._current.finish()
-
-    def cancel(self) -> None:
-        self._current.cancel()
-
     def _lose(self, draft: ModelDraft, ask: Ask, reason: str) -> None:
         _log.warning("%s; going on with n-gram from round %d", reason, ask.round)
         draft.cancel()
         self._draft = None
-        self._on_loss(ask.round, reason)
+        self._on_loss(reason)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from rich import box
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from specpair.memory import MemoryPlan
 from specpair.messages import ModelInfo
-from specpair.results import Chunk, Result, Source, Stats
+from specpair.results import Chunk, PositionExplanation, Result, Source, Stats
 
-__all__ = ["StreamPrinter", "info_table", "legend", "result_object", "stderr", "stdout", "summary"]
+__all__ = [
+    "StreamPrinter",
+    "explanation_object",
+    "explanation_table",
+    "info_table",
+    "legend",
+    "plan_summary",
+    "plan_table",
+    "result_object",
+    "stderr",
+    "stdout",
+    "summary",
+]
 
 stdout = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -81,6 +100,7 @@ def result_object(result: Result) -> dict[str, object]:
         "prompt_tokens": stats.prompt_tokens,
         "finish_reason": str(result.finish_reason),
         "stop_string": result.stop_string,
+        "logprobs": _logprobs(result),
         "stats": {
             "rounds": stats.rounds,
             "proposed": stats.proposed,
@@ -106,6 +126,89 @@ def result_object(result: Result) -> dict[str, object]:
             ],
         },
     }
+
+
+def _logprobs(result: Result) -> list[dict[str, object]] | None:
+    """One entry per token; None if they were not asked for."""
+    known = [token.logprobs for token in result.tokens if token.logprobs is not None]
+    return [
+        {
+            "logprob": _number(position.chosen),
+            "top": [{"token_id": token_id, "logprob": _number(logprob)} for token_id, logprob in position.top],
+        }
+        for position in known
+    ] or None
+
+
+def explanation_object(explained: Sequence[PositionExplanation], texts: Mapping[int, str]) -> dict[str, object]:
+    """An explanation as `--json` prints it."""
+    return {
+        "proposed": sum(one.proposed_token_id is not None for one in explained),
+        "accepted": sum(one.accepted for one in explained),
+        "positions": [
+            {
+                **asdict(one),
+                "top2_margin": _number(one.top2_margin),
+                "proposed_text": texts.get(one.proposed_token_id) if one.proposed_token_id is not None else None,
+                "target_text": texts.get(one.target_token_id),
+            }
+            for one in explained
+        ],
+    }
+
+
+def explanation_table(explained: Sequence[PositionExplanation], texts: Mapping[int, str]) -> Table:
+    """One row per position; the reason, which begins with the verdict, in the verdict's colour."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("at", "proposed", "target's own", "target prob", "draft prob", "margin"):
+        table.add_column(heading, justify="left" if heading in ("proposed", "target's own") else "right")
+    table.add_column("verdict")
+    accepted = sum(one.accepted for one in explained)
+    for row, one in enumerate(explained):
+        style = "green" if one.accepted else "red" if row == accepted < len(explained) - 1 else "dim"
+        table.add_row(
+            str(one.position),
+            _token(one.proposed_token_id, texts) if one.proposed_token_id is not None else "",
+            _token(one.target_token_id, texts),
+            f"{one.target_prob:.4f}",
+            f"{one.draft_prob:.4f}" if one.draft_prob is not None else "",
+            f"{one.top2_margin:.3f}",
+            Text(one.reason, style),
+        )
+    return table
+
+
+def _token(token_id: int, texts: Mapping[int, str]) -> str:
+    return f"{token_id} {reprlib.repr(texts.get(token_id, ''))}"
+
+
+def plan_summary(plan: MemoryPlan) -> str:
+    """What the model is, and what the table assumes."""
+    line = f"{plan.model}: {plan.architecture}, {plan.parameters / 1e9:.2f} billion parameters"
+    line += f"; a slot holds {plan.max_length} positions"
+    return line + ("; a tenth of a GPU is left to activations and the framework" if plan.fits else "")
+
+
+def plan_table(plan: MemoryPlan) -> Table:
+    """One row per format: its weights, one KV slot, and the slots that fit beside the weights on each GPU."""
+    table = Table("format")
+    for column in ("weights GiB", "GB", "slot MiB", *(f"slots in {_size(memory)}" for memory in plan.fits)):
+        table.add_column(column, justify="right")
+    for one in plan.formats:
+        slots = [str(fits[one.name]) for fits in plan.fits.values()]
+        sizes = [f"{one.weights / 2**30:.2f}", f"{one.weights / 1e9:.2f}", f"{one.slot / 2**20:.1f}"]
+        table.add_row(one.name, *sizes, *slots)
+    return table
+
+
+def _size(memory: int) -> str:
+    """A memory size in the unit in which it is round."""
+    return f"{memory / 1e9:g} GB" if memory % 10**6 == 0 or memory % 2**20 else f"{memory / 2**30:g} GiB"
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def info_table(target: ModelInfo, draft: ModelInfo | None) -> Table:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Chunk", "FinishReason", "Logprobs", "ProposerChange", "Result", "Source", "Stats", "Token"]
+__all__ = [
+    "Chunk",
+    "FinishReason",
+    "Logprobs",
+    "PositionExplanation",
+    "ProposerChange",
+    "Result",
+    "Source",
+    "Stats",
+    "Token",
+]
 
 
 class Source(StrEnum):
@@ -63,7 +73,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ProposerChange:
-    """A session that goes on with another proposer, for example n-gram after its draft service was lost."""
+    """A generation that goes on with another proposer, for example n-gram after its draft service was lost."""
 
     round: int
     """The first round of the new proposer, counted from 1."""
@@ -83,7 +93,9 @@ class Stats:
     stale: int = 0
     """Blocks that the target dropped because they did not continue its state."""
     prompt_tokens: int = 0
+    """In a session's later turns everything before the turn's output."""
     cached_tokens: int = 0
+    """Those of the prompt's tokens whose keys and values an earlier turn had left at the target."""
     output_tokens: int = 0
     seconds: float = 0.0
     """From the call to the last token."""
@@ -119,12 +131,32 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionExplanation:
+    """Why the token that was proposed for one position was accepted or not."""
+
+    position: int
+    proposed_token_id: int | None
+    """None behind the last proposal."""
+    target_token_id: int
+    """The target's own choice here, given the proposal before it."""
+    target_prob: float
+    """Of the proposed id; behind the last proposal of the target's own."""
+    draft_prob: float | None
+    """Of the proposed id; None if the draft's probabilities were not given."""
+    top2_margin: float
+    """Score of the most probable id less that of the second: small margins flip between numeric formats."""
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A finished generation."""
 
     text: str
     tokens: tuple[Token, ...]
     prompt_token_ids: tuple[int, ...]
+    """In a session's later turns everything before the turn's output."""
     finish_reason: FinishReason
     stats: Stats
     stop_string: str | None = None

@@ -1,60 +1,118 @@
-"""One generation: drives the law of `loop` over the transports. Nothing here outlives its generator."""
+"""Sessions: drive the law of `loop` over the transports, turn by turn. Nothing outlives its session."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from types import TracebackType
+from typing import Any, Self
 
-from specpair.errors import ProtocolError, SpecpairError
+from specpair.drafting import SessionDraft
+from specpair.errors import ProtocolError, SpecpairError, UnavailableError
 from specpair.loop import Loop
-from specpair.messages import Start, Started, Verdict
-from specpair.meter import Meter
-from specpair.proposers import Proposer
-from specpair.results import Chunk, Result, Stats
+from specpair.messages import DraftStart, Extend, Start, Started, Verdict
+from specpair.params import Prompt, SamplingParams
+from specpair.results import Chunk, Result
+from specpair.stream import TokenStream
 from specpair.transports import Receiver, TargetTransport, VerifyStream
+from specpair.turn import Turn
 
-__all__ = ["Plan", "Session"]
+__all__ = ["Session", "follow"]
 
 # Seconds that the services have to end a finished session's streams before they are cancelled.
 _FAREWELL = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a session is going to speculate."""
-
-    proposer: Callable[[Started], Proposer]
-    """Makes the proposer, once the tokens of the prompt are known."""
-    vocabulary_size: int | None = None
-    """Ids from here on are not sent to the target; None if the proposer knows none of them."""
-
-
 class Session:
-    """One generation at a target. `within` limits its streams to so many seconds."""
+    """Several turns on one stream, one KV slot and one cache at the target, and the same at the draft.
 
-    def __init__(self, target: TargetTransport, start: Start, *, meter: Meter, within: float | None = None) -> None:
-        self.loop: Loop | None = None
+        async with client.session() as session:
+            await session.generate("def area(radius):\\n", params)
+            async for chunk in session.stream("\\n\\nprint(area(", params):
+                ...
+
+    The first turn's prompt is text, token ids or a conversation. A later turn's prompt stands behind everything said so
+    far, and only what is new is computed, as `Stats.cached_tokens` shows: text, which is tokenized without special
+    tokens; token ids; or, in a session that began with a conversation, the new messages without the earlier ones and
+    their answers. The output is that of a fresh session given the whole.
+
+    One turn at a time: a turn that begins before the last one has reached its end raises RuntimeError. A turn that
+    fails, is cancelled or is left before its end takes the session with it; UnavailableError tells those who go on.
+    """
+
+    def __init__(self, target: TargetTransport, draft: SessionDraft, *, within: float | None = None) -> None:
         self._target = target
-        self._start = start
-        self._meter = meter
+        self._draft = draft
         self._within = within
+        self._stream: VerifyStream | None = None
+        self._last: Loop | None = None
+        self._under_way = False
+        self._ended = ""
 
-    async def speculate(self, plan: Callable[[], Awaitable[Plan]]) -> AsyncGenerator[Chunk]:
-        """Speculative decoding as planned; the plan is made first, so that its failure costs no slot.
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the same as in `stream`
+    ) -> Result:
+        """The next turn. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds."""
+        async with self.stream(prompt, params, timeout=timeout) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> TokenStream:
+        """The next turn, chunk by chunk. It begins with the first iteration."""
+        turn = Turn(prompt, params or SamplingParams())
+        return TokenStream(turn, self._speculate(turn), timeout)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens of the session so far, prompts and outputs."""
+        return tuple(self._last.token_ids) if self._last else ()
+
+    async def aclose(self) -> None:
+        """Ends both streams, which frees their slots; a turn that is under way elsewhere fails."""
+        polite = not self._ended and not self._under_way
+        self._ended = self._ended or "it was closed"
+        try:
+            if polite and self._stream is not None:
+                await _farewell(self._stream, self._draft)
+        finally:
+            self._cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._ended = self._ended or "it was left with an exception"
+        await self.aclose()
+
+    async def only(self, turn: Turn) -> AsyncGenerator[Chunk]:
+        """One turn and the end of the session."""
+        async with self, contextlib.aclosing(self._speculate(turn)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _speculate(self, turn: Turn) -> AsyncGenerator[Chunk]:
+        """A turn of speculative decoding; who proposes is settled first, so that a failure there costs no slot.
 
         Yields one chunk per round that committed something. Raises what the transport raises, and ProtocolError if the
         target contradicts itself.
         """
-        meter = self._meter
-        planned = await plan()
-        stream = await self._target.verify(self._start, self._within)
-        async with _ended(stream) as streams:
-            loop = self._open(await stream.receive(), planned.vocabulary_size)
-            proposer = planned.proposer(self._started)
-            streams.append(proposer)
+        meter = turn.meter
+        with self._whole_turn():
+            plan = await self._draft.plan(meter)
+            stream, started = await self._begin(turn)
+            loop = self._last = turn.begin(started, vocabulary_size=plan.vocabulary_size, last=self._last)
+            proposer = plan.proposer(DraftStart(tuple(loop.token_ids), turn.params, session_id=started.session_id))
             while loop.finish_reason is None:
                 pacer = proposer.pacer
                 ask = loop.propose(pacer.draft_length(loop.limit))
@@ -64,56 +122,62 @@ class Session:
                 await stream.send(loop.verify(ask, proposal))
                 verdict, chunk = await _judged(stream, loop)
                 observed = meter.verdict(ask, verdict)
-                if ask.round > 1:  # the first one includes the prefill of both sides
+                if meter.rounds > 1:  # the first one includes the prefill of both sides
                     pacer.observe(observed)
                 if not verdict.stale:
                     meter.tokens()
                     yield chunk
 
-    async def follow(self) -> AsyncGenerator[Chunk]:
-        """Plain decoding in the target's own loop. Yields one chunk per message; raises as `speculate` does."""
-        receiver = await self._target.generate(self._start, self._within)
-        async with _ended(receiver):
-            loop = self._open(await receiver.receive(), None)
-            while loop.finish_reason is None:
-                committed = await receiver.receive()
-                if isinstance(committed, Started):
-                    raise ProtocolError("the target started twice")
-                chunk = loop.append(committed)
-                self._meter.tokens()
-                yield chunk
+    async def _begin(self, turn: Turn) -> tuple[VerifyStream, Started]:
+        """Opens the session, or its next turn."""
+        if self._stream is None:
+            self._stream = await self._target.verify(Start(turn.prompt, turn.params), self._within)
+        else:
+            await self._stream.send(Extend(turn.prompt, turn.params))
+        while not isinstance(message := await self._stream.receive(), Started):
+            if self._last is None or not message.stale:  # else it echoes a block of the last turn
+                raise ProtocolError("the target's first message is not `started`")
+        return self._stream, message
 
-    @property
-    def stats(self) -> Stats:
-        """Statistics so far."""
-        return self._meter.stats(self.loop)
+    @contextlib.contextmanager
+    def _whole_turn(self) -> Iterator[None]:
+        """Lets one turn in at a time; one that does not reach its end takes the session with it."""
+        if self._under_way:
+            raise RuntimeError("the session's last turn has not reached its end")
+        if self._ended:
+            raise UnavailableError(f"the session has ended: {self._ended}", reason="SESSION_ENDED")
+        self._under_way = True
+        try:
+            yield
+        except BaseException as error:
+            cause = f"a turn failed: {error}" if isinstance(error, SpecpairError) else "a turn was left before its end"
+            self._ended = self._ended or cause
+            self._cancel()
+            raise
+        finally:
+            self._under_way = False
 
-    @property
-    def result(self) -> Result | None:
-        """The result; None as long as the session has not finished."""
-        loop = self.loop
-        if loop is None or loop.finish_reason is None:
-            return None
-        return Result(
-            text="".join(token.text for token in loop.tokens),
-            tokens=tuple(loop.tokens),
-            prompt_token_ids=self._started.prompt_token_ids,
-            finish_reason=loop.finish_reason,
-            stats=self.stats,
-            stop_string=loop.stop_string,
-        )
+    def _cancel(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+        self._draft.cancel()
 
-    @property
-    def _started(self) -> Started:
-        assert self._meter.started is not None
-        return self._meter.started
 
-    def _open(self, started: object, vocabulary_size: int | None) -> Loop:
-        if not isinstance(started, Started):
-            raise ProtocolError("the target's first message is not `started`")
-        self._meter.started = started
-        self.loop = Loop(started, self._start.params, vocabulary_size=vocabulary_size)
-        return self.loop
+async def follow(target: TargetTransport, turn: Turn, within: float | None = None) -> AsyncGenerator[Chunk]:
+    """Plain decoding in the target's own loop. Yields one chunk per message; raises as a turn of a session does."""
+    receiver = await target.generate(Start(turn.prompt, turn.params), within)
+    try:
+        loop = turn.begin(await receiver.receive())
+        while loop.finish_reason is None:
+            committed = await receiver.receive()
+            if isinstance(committed, Started):
+                raise ProtocolError("the target started twice")
+            chunk = loop.append(committed)
+            turn.meter.tokens()
+            yield chunk
+        await _farewell(receiver)
+    finally:
+        receiver.cancel()
 
 
 async def _judged(stream: VerifyStream, loop: Loop) -> tuple[Verdict, Chunk]:
@@ -127,16 +191,8 @@ async def _judged(stream: VerifyStream, loop: Loop) -> tuple[Verdict, Chunk]:
             return verdict, chunk
 
 
-@contextlib.asynccontextmanager
-async def _ended(first: Receiver[Any]) -> AsyncIterator[list[Receiver[Any] | Proposer]]:
-    """Ends the stream, and those appended, however the block ends: politely after its last line, else at once."""
-    streams: list[Receiver[Any] | Proposer] = [first]
-    try:
-        yield streams
-        # The tokens are complete: a failure from here on is nobody's loss.
-        with contextlib.suppress(SpecpairError, TimeoutError):
-            async with asyncio.timeout(_FAREWELL):
-                await asyncio.gather(*(stream.finish() for stream in streams))
-    finally:
-        for stream in streams:
-            stream.cancel()
+async def _farewell(*streams: Receiver[Any] | SessionDraft) -> None:
+    """Ends streams politely. The tokens are complete: a failure from here on is nobody's loss."""
+    with contextlib.suppress(SpecpairError, TimeoutError):
+        async with asyncio.timeout(_FAREWELL):
+            await asyncio.gather(*(stream.finish() for stream in streams))

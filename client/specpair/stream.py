@@ -9,7 +9,7 @@ from typing import Self
 
 from specpair.errors import DeadlineError
 from specpair.results import Chunk, Result, Stats, Token
-from specpair.session import Session
+from specpair.turn import Turn
 
 __all__ = ["TokenStream"]
 
@@ -18,11 +18,12 @@ class TokenStream:
     """The chunks of one generation, as they are committed: `async for chunk in stream`.
 
     Iterating raises any exception of `specpair.errors`. Leaving an `async with` block, `aclose` or cancelling the task
-    that iterates ends the calls to both services at once. Nothing is sent before the first iteration.
+    that iterates before the end ends the calls to both services at once, and the session that the stream is a turn of.
+    Nothing is sent before the first iteration.
     """
 
-    def __init__(self, session: Session, chunks: AsyncGenerator[Chunk], timeout: float | None) -> None:
-        self._session = session
+    def __init__(self, turn: Turn, chunks: AsyncGenerator[Chunk], timeout: float | None) -> None:
+        self._turn = turn
         self._chunks = chunks
         self._timeout = timeout
         self._deadline: float | None = None
@@ -30,7 +31,7 @@ class TokenStream:
     @property
     def result(self) -> Result:
         """The whole generation. Raises RuntimeError before its end."""
-        result = self._session.result
+        result = self._turn.result
         if result is None:
             raise RuntimeError("the stream has not reached its end")
         return result
@@ -38,13 +39,12 @@ class TokenStream:
     @property
     def tokens(self) -> tuple[Token, ...]:
         """The output so far: committed, also if the stream broke off behind it."""
-        loop = self._session.loop
-        return tuple(loop.tokens) if loop else ()
+        return self._turn.tokens
 
     @property
     def stats(self) -> Stats:
         """Statistics so far."""
-        return self._session.stats
+        return self._turn.stats
 
     def __aiter__(self) -> Self:
         return self
@@ -56,7 +56,7 @@ class TokenStream:
             async with asyncio.timeout_at(self._deadline):
                 return await anext(self._chunks)
         except TimeoutError:
-            if self._session.result is not None:  # all that was missing is the services' farewell
+            if self._turn.result is not None:  # all that was missing is the services' farewell
                 raise StopAsyncIteration from None
             raise DeadlineError(f"not finished within {self._timeout:g} s") from None
 

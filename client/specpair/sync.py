@@ -12,10 +12,11 @@ from typing import Any, Self, TypeVar, Unpack
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, ClientOptions, SpeculativeClient
 from specpair.messages import ModelInfo
 from specpair.params import Prompt, SamplingParams
-from specpair.results import Chunk, Result, Stats, Token
+from specpair.results import Chunk, PositionExplanation, Result, Stats, Token
+from specpair.session import Session
 from specpair.stream import TokenStream
 
-__all__ = ["SyncSpeculativeClient", "SyncTokenStream"]
+__all__ = ["SyncSession", "SyncSpeculativeClient", "SyncTokenStream"]
 
 T = TypeVar("T")
 
@@ -41,6 +42,19 @@ class SyncSpeculativeClient:
     ) -> SyncTokenStream:
         """Continues a prompt, chunk by chunk; see SpeculativeClient.stream."""
         return SyncTokenStream(self._client.stream(prompt, params, timeout=timeout), self._loop)
+
+    def session(self) -> SyncSession:
+        """Several turns on one KV cache: `with client.session() as session`; see Session."""
+        return SyncSession(self._client.session(), self._loop)
+
+    def explain(
+        self,
+        prompt: Prompt,
+        proposal_token_ids: Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+    ) -> tuple[PositionExplanation, ...]:
+        """Why the target would accept or reject a proposal; see SpeculativeClient.explain."""
+        return self._loop.run(self._client.explain(prompt, proposal_token_ids, params))
 
     def info(self) -> tuple[ModelInfo, ModelInfo | None]:
         """What the target and the draft run."""
@@ -71,6 +85,42 @@ class SyncSpeculativeClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class SyncSession:
+    """`Session` for code without an event loop. Close it, or use it in a `with` block."""
+
+    def __init__(self, session: Session, loop: _LoopThread) -> None:
+        self._session = session
+        self._loop = loop
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None) -> Result:
+        """The next turn; see Session.generate."""
+        return self._loop.run(self._session.generate(prompt, params, timeout=timeout))
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> SyncTokenStream:
+        """The next turn, chunk by chunk; see Session.stream."""
+        return SyncTokenStream(self._session.stream(prompt, params, timeout=timeout), self._loop)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens of the session so far, prompts and outputs."""
+        return self._session.token_ids
+
+    def close(self) -> None:
+        """Ends both streams, which frees their slots; a turn that another thread runs fails."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._loop.running:
+            self._loop.run(self._session.__aexit__(kind, error, trace))
 
 
 class SyncTokenStream:

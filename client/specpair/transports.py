@@ -15,6 +15,8 @@ from specpair.messages import (
     DraftAsk,
     DraftStart,
     DraftStarted,
+    Explain,
+    Extend,
     ModelInfo,
     Proposal,
     Start,
@@ -22,6 +24,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import Prompt
+from specpair.results import PositionExplanation
 
 __all__ = ["DraftTransport", "ProposeStream", "Receiver", "Stream", "TargetTransport", "VerifyStream"]
 
@@ -51,8 +54,8 @@ class Stream(Receiver[Received], Protocol[Sent, Received]):
     async def send(self, message: Sent) -> None: ...
 
 
-VerifyStream = Stream[Block, Started | Verdict]
-ProposeStream = Stream[DraftAsk, DraftStarted | Proposal]
+VerifyStream = Stream[Block | Extend, Started | Verdict]
+ProposeStream = Stream[DraftAsk | DraftStart, DraftStarted | Proposal]
 
 
 class TargetTransport(Protocol):
@@ -67,6 +70,8 @@ class TargetTransport(Protocol):
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
         """The target's own loop; its first message will be `Started`."""
         ...
+
+    async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]: ...
 
     async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]: ...
 

@@ -6,20 +6,20 @@ as the target would: by its path from the request message.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from google.protobuf.message import Message
-
 from specpair.errors import InvalidRequestError, ProtocolError
+from specpair.fields import extend_field, set_field, unfit
 from specpair.messages import (
     Block,
     Committed,
     DraftAsk,
     DraftStart,
     DraftStarted,
+    Explain,
+    Extend,
     Fingerprint,
     ModelInfo,
     Phase,
@@ -30,21 +30,20 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import AcceptanceRule, Prompt, SamplingParams
-from specpair.results import FinishReason, Logprobs, Source
+from specpair.results import FinishReason, Logprobs, PositionExplanation, Source
 from specpair.v1 import common_pb2, draft_pb2, target_pb2
 
 __all__ = [
-    "ask_request",
-    "block_request",
     "detokenize_request",
-    "draft_start_request",
-    "fill_prompt",
+    "explain_request",
+    "explain_response",
     "generate_request",
     "generate_response",
     "model_info",
+    "propose_request",
     "propose_response",
-    "start_request",
     "tokenize_request",
+    "verify_request",
     "verify_response",
 ]
 
@@ -82,76 +81,92 @@ _PLAIN_INFO = {field.name for field in fields(ModelInfo)} - {"phase", "fingerpri
 # --- requests to the target
 
 
-def start_request(start: Start) -> target_pb2.VerifyRequest:
-    """The first message of a Verify stream."""
+def verify_request(message: Start | Extend | Block) -> target_pb2.VerifyRequest:
+    """A message of a Verify stream."""
     request = target_pb2.VerifyRequest()
-    request.start.SetInParent()
-    _fill_start(request.start, start, "start.")
+    match message:
+        case Start():
+            request.start.SetInParent()
+            _fill_turn(request.start, message, "start.")
+            extend_field(request.start, "committed_token_ids", message.committed_token_ids, "start.")
+        case Extend():
+            request.extend.SetInParent()
+            _fill_turn(request.extend, message, "extend.")
+        case Block():
+            request.block.CopyFrom(_block(message))
     return request
 
 
 def generate_request(start: Start) -> target_pb2.GenerateRequest:
     """The request of a Generate call."""
     request = target_pb2.GenerateRequest()
-    _fill_start(request, start, "")
+    _fill_turn(request, start, "")
+    extend_field(request, "committed_token_ids", start.committed_token_ids, "")
     return request
 
 
-def block_request(block: Block) -> target_pb2.VerifyRequest:
-    """A block of a Verify stream."""
-    return target_pb2.VerifyRequest(
-        block=target_pb2.Block(
-            round=block.round,
-            base_length=block.base_length,
-            last_token_id=block.last_token_id,
-            token_ids=block.token_ids,
-            draft_probs=[
-                common_pb2.SparseDistribution(token_ids=distribution.token_ids, probs=distribution.probs)
-                for distribution in block.draft_probs
-            ],
-            source=_SOURCES[block.source],
-        )
-    )
+def explain_request(question: Explain) -> target_pb2.ExplainVerifyRequest:
+    """The request of an ExplainVerify call."""
+    request = target_pb2.ExplainVerifyRequest(draft_probs=_distributions(question.draft_probs))
+    _fill_prompt(request.prompt, question.prompt, "prompt")
+    extend_field(request, "token_ids", question.token_ids, "")
+    _fill_sampling(request.sampling, question.params, "sampling.")
+    return request
 
 
 def tokenize_request(prompt: Prompt) -> target_pb2.TokenizeRequest:
     """The request of a Tokenize call."""
     request = target_pb2.TokenizeRequest()
-    fill_prompt(request.prompt, prompt, "prompt")
+    _fill_prompt(request.prompt, prompt, "prompt")
     return request
 
 
 def detokenize_request(token_ids: Sequence[int], keep_special_tokens: bool) -> target_pb2.DetokenizeRequest:
     """The request of a Detokenize call."""
     request = target_pb2.DetokenizeRequest(keep_special_tokens=keep_special_tokens)
-    _extend(request, "token_ids", token_ids, "")
+    extend_field(request, "token_ids", token_ids, "")
     return request
+
+
+def _block(block: Block) -> target_pb2.Block:
+    return target_pb2.Block(
+        round=block.round,
+        base_length=block.base_length,
+        last_token_id=block.last_token_id,
+        token_ids=block.token_ids,
+        draft_probs=_distributions(block.draft_probs),
+        source=_SOURCES[block.source],
+    )
+
+
+def _distributions(given: Iterable[SparseDistribution]) -> list[common_pb2.SparseDistribution]:
+    return [common_pb2.SparseDistribution(token_ids=one.token_ids, probs=one.probs) for one in given]
 
 
 # --- requests to the draft
 
 
-def draft_start_request(start: DraftStart) -> draft_pb2.ProposeRequest:
-    """The first message of a Propose stream."""
-    request = draft_pb2.ProposeRequest()
-    request.start.token_ids.extend(start.token_ids)
-    _fill_sampling(request.start.sampling, start.params, "start.sampling.")
+def propose_request(message: DraftStart | DraftAsk) -> draft_pb2.ProposeRequest:
+    """A message of a Propose stream."""
+    match message:
+        case DraftStart():
+            return draft_pb2.ProposeRequest(start=_draft_start(message))
+        case DraftAsk():
+            ask = draft_pb2.ProposeAsk(
+                round=message.round,
+                from_position=message.from_position,
+                token_ids=message.token_ids,
+                max_tokens=message.max_tokens,
+            )
+            return draft_pb2.ProposeRequest(ask=ask)
+
+
+def _draft_start(start: DraftStart) -> draft_pb2.ProposeStart:
+    message = draft_pb2.ProposeStart(token_ids=start.token_ids, session_id=start.session_id)
+    _fill_sampling(message.sampling, start.params, "start.sampling.")
     if start.proposer is not None:
-        request.start.proposer = _SOURCES[start.proposer]
-    request.start.session_id = start.session_id
-    return request
-
-
-def ask_request(ask: DraftAsk) -> draft_pb2.ProposeRequest:
-    """An ask of a Propose stream."""
-    return draft_pb2.ProposeRequest(
-        ask=draft_pb2.ProposeAsk(
-            round=ask.round,
-            from_position=ask.from_position,
-            token_ids=ask.token_ids,
-            max_tokens=ask.max_tokens,
-        )
-    )
+        message.proposer = _SOURCES[start.proposer]
+    return message
 
 
 # --- responses
@@ -197,6 +212,23 @@ def propose_response(response: draft_pb2.ProposeResponse) -> DraftStarted | Prop
                 draft_us=proposal.draft_us,
             )
     raise ProtocolError("the draft sent an empty message")
+
+
+def explain_response(response: target_pb2.ExplainVerifyResponse) -> tuple[PositionExplanation, ...]:
+    """What an ExplainVerify call answers."""
+    return tuple(
+        PositionExplanation(
+            position=one.position,
+            proposed_token_id=one.proposed_token_id if one.HasField("proposed_token_id") else None,
+            target_token_id=one.target_token_id,
+            target_prob=one.target_prob,
+            draft_prob=one.draft_prob if one.HasField("draft_prob") else None,
+            top2_margin=one.top2_margin,
+            accepted=one.accepted,
+            reason=one.reason,
+        )
+        for one in response.positions
+    )
 
 
 def model_info(info: common_pb2.ModelInfo) -> ModelInfo:
@@ -264,18 +296,21 @@ def _fingerprint(fingerprint: common_pb2.Fingerprint) -> Fingerprint:
 # --- what the caller gave, which may be anything
 
 
-def _fill_start(message: target_pb2.SessionStart | target_pb2.GenerateRequest, start: Start, path: str) -> None:
-    params = start.params
-    fill_prompt(message.prompt, start.prompt, f"{path}prompt")
-    _extend(message, "committed_token_ids", start.committed_token_ids, path)
+def _fill_turn(
+    message: target_pb2.SessionStart | target_pb2.SessionExtend | target_pb2.GenerateRequest,
+    turn: Start | Extend,
+    path: str,
+) -> None:
+    params = turn.params
+    _fill_prompt(message.prompt, turn.prompt, f"{path}prompt")
     _fill_sampling(message.sampling, params, f"{path}sampling.")
     message.stop.SetInParent()
-    _extend(message.stop, "stop_strings", params.stop, f"{path}stop.")
-    _extend(message.stop, "stop_token_ids", params.stop_token_ids, f"{path}stop.")
-    _set(message.stop, "ignore_eos", params.ignore_eos, f"{path}stop.")
+    extend_field(message.stop, "stop_strings", params.stop, f"{path}stop.")
+    extend_field(message.stop, "stop_token_ids", params.stop_token_ids, f"{path}stop.")
+    set_field(message.stop, "ignore_eos", params.ignore_eos, f"{path}stop.")
     if params.logprobs is not None:
         message.logprobs.enabled = True
-        _set(message.logprobs, "top_n", params.logprobs, f"{path}logprobs.")
+        set_field(message.logprobs, "top_n", params.logprobs, f"{path}logprobs.")
 
 
 def _fill_sampling(message: common_pb2.SamplingParams, params: SamplingParams, path: str) -> None:
@@ -286,18 +321,17 @@ def _fill_sampling(message: common_pb2.SamplingParams, params: SamplingParams, p
         except ValueError:
             raise InvalidRequestError(f"must be one of {', '.join(AcceptanceRule)}", field=f"{path}rule") from None
     for field in _SCALARS:
-        _set(message, field, getattr(params, field), path)
+        set_field(message, field, getattr(params, field), path)
     for token_id, bias in (params.logit_bias or {}).items():
         try:
             message.logit_bias[token_id] = bias
         except (TypeError, ValueError) as refused:
-            raise _unfit({token_id: bias}, f"{path}logit_bias[{token_id}]") from refused
+            raise unfit({token_id: bias}, f"{path}logit_bias[{token_id}]") from refused
 
 
-def fill_prompt(message: common_pb2.Prompt, prompt: Prompt, path: str) -> None:
-    """Text, token ids or chat messages. Raises InvalidRequestError for anything else."""
+def _fill_prompt(message: common_pb2.Prompt, prompt: Prompt, path: str) -> None:
     if isinstance(prompt, str):
-        _set(message, "text", prompt, f"{path}.")
+        set_field(message, "text", prompt, f"{path}.")
         return
     try:
         parts = list(prompt)
@@ -308,41 +342,11 @@ def fill_prompt(message: common_pb2.Prompt, prompt: Prompt, path: str) -> None:
             _fill_chat_message(message.chat.messages.add(), part, f"{path}.chat.messages[{i}]")
     else:
         message.token_ids.SetInParent()
-        _extend(message.token_ids, "ids", parts, f"{path}.token_ids.")
+        extend_field(message.token_ids, "ids", parts, f"{path}.token_ids.")
 
 
 def _fill_chat_message(message: common_pb2.ChatMessage, given: object, path: str) -> None:
     if not isinstance(given, Mapping) or set(given) != {"role", "content"}:
         raise InvalidRequestError("must have a role and a content and nothing else", field=path)
-    _set(message, "role", given["role"], f"{path}.")
-    _set(message, "content", given["content"], f"{path}.")
-
-
-def _set(message: Message, field: str, value: object, path: str) -> None:
-    if value is None:
-        return
-    try:
-        setattr(message, field, value)
-    except (TypeError, ValueError) as refused:
-        raise _unfit(value, f"{path}{field}") from refused
-
-
-def _extend(message: Message, field: str, values: Iterable[object], path: str) -> None:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise InvalidRequestError("must be a sequence", field=f"{path}{field}")
-    values = list(values)
-    repeated = getattr(message, field)
-    try:
-        repeated.extend(values)  # one call for the usual case: prompts are long
-        return
-    except (TypeError, ValueError):
-        message.ClearField(field)
-    for i, value in enumerate(values):
-        try:
-            repeated.append(value)
-        except (TypeError, ValueError) as refused:
-            raise _unfit(value, f"{path}{field}[{i}]") from refused
-
-
-def _unfit(value: object, path: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{reprlib.repr(value)} does not fit this field", field=path)
+    set_field(message, "role", given["role"], f"{path}.")
+    set_field(message, "content", given["content"], f"{path}.")

@@ -28,4 +28,6 @@ class DraftConfig(ModelConfig):
     def _model_is_named(self) -> Self:
         if self.proposer == "model" and not self.model:
             raise ValueError("model: is required with the proposer model; --proposer ngram needs none")
+        if self.proposer == "ngram" and self.model:
+            raise ValueError("model: is not used by the proposer ngram")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,14 +13,25 @@ from typing import TypeVar
 from specpair.errors import InvalidRequestError, UnsupportedError
 from specpair.v1.common_pb2 import Source
 from specpair_draft.config import DraftConfig
-from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, NgramProposer, Proposal, Proposer
+from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, NgramProposer, Proposal, Proposer, Turn
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
 from specpair_runtime.serving import ServiceStatus
 from specpair_runtime.slots import SlotPool
 
-__all__ = ["Engine", "Timed"]
+__all__ = ["Ask", "Engine", "Timed"]
 
 Result = TypeVar("Result")
+
+_MAX_LOOKUPS = 256
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One round: what the target committed from a position on, and how many ids to propose behind it."""
+
+    from_position: int
+    token_ids: Sequence[int]
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Engine:
 
     def __init__(self, config: DraftConfig, model: ServingModel | None) -> None:
         self.model = model
-        self.pool = SlotPool(config.slots, config.queue)
+        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout)
+        # Prompt lookup needs no KV slot, but memory for its index and time of the engine.
+        self._lookups = SlotPool(_MAX_LOOKUPS, config.queue, config.queue_timeout)
         self._config = config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
@@ -62,31 +75,32 @@ class Engine:
         """
         source = source or self.sources[0]
         if source == Source.SOURCE_NGRAM:
-            yield NgramProposer()
+            async with _lent(self._lookups, patience):
+                yield NgramProposer()
             return
         if source != Source.SOURCE_MODEL:
             raise UnsupportedError("not available", field="start.proposer")
         if self.model is None:
             raise InvalidRequestError("this service has no model", field="start.proposer")
-        slot = await self.pool.acquire(min(patience or self._config.queue_timeout, self._config.queue_timeout))
-        try:
+        async with _lent(self.pool, patience) as slot:
             stop_ids = self.model.loaded.fingerprint.eos_token_ids
-            yield ModelProposer(self.model.runner, slot, self._config.prefill_chunk, stop_ids)
-        finally:
             # Work under way for this slot ends before the next owner's begins: one thread does both.
-            self.pool.release(slot)
+            yield ModelProposer(self.model.runner, slot, self._config.prefill_chunk, stop_ids)
 
-    async def prefill(self, proposer: Proposer) -> None:
-        """Prepares a proposer for its first round."""
-        await self._run(proposer.prefill)
+    async def begin(self, proposer: Proposer, turn: Turn) -> None:
+        """Starts a turn and prefills it; other sessions get the engine between two chunks."""
+        await self._run(lambda: proposer.begin(turn))
+        while await self._run(proposer.prefill_chunk):
+            pass
 
-    async def propose(self, proposer: Proposer, max_tokens: int) -> Timed:
+    async def propose(self, proposer: Proposer, ask: Ask) -> Timed:
         """One round of a proposer."""
         queued = time.perf_counter_ns()
 
         def work() -> Timed:
             began = time.perf_counter_ns()
-            proposal = proposer.propose(max_tokens)
+            proposer.follow(ask.from_position, ask.token_ids)
+            proposal = proposer.propose(ask.max_tokens)
             return Timed(proposal, (began - queued) // 1000, (time.perf_counter_ns() - began) // 1000)
 
         return await self._run(work)
@@ -97,3 +111,12 @@ class Engine:
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+@asynccontextmanager
+async def _lent(pool: SlotPool, patience: float | None) -> AsyncIterator[int]:
+    slot = await pool.acquire(patience)
+    try:
+        yield slot
+    finally:
+        pool.release(slot)

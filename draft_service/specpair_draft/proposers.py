@@ -61,8 +61,8 @@ class Proposer(Protocol):
         """Replaces the tokens from a position on, 0 <= from_position <= length."""
         ...
 
-    def prefill(self) -> None:
-        """Does what can be done before the first round."""
+    def prefill_chunk(self) -> bool:
+        """Does a part of what can be done before the first round; whether there is more of it."""
         ...
 
     def propose(self, max_tokens: int) -> Proposal:
@@ -116,15 +116,15 @@ class ModelProposer:
         if self._history is not None and self._history.length > from_position:
             self._history = None
 
-    def prefill(self) -> None:
-        """Feeds all but the last few tokens in chunks; nothing is fed that does not fit the slot."""
-        if len(self._tokens) > self.max_length:
-            return
-        while len(self._tokens) - len(self._cached) > _CATCH_UP:
-            start = len(self._cached)
-            chunk = self._tokens[start : min(start + self._prefill_chunk, len(self._tokens) - 1)]
-            self._runner.prefill(self._slot, chunk, start)
-            self._cached += chunk
+    def prefill_chunk(self) -> bool:
+        """Feeds a chunk, until only the last few tokens are left; nothing is fed that does not fit the slot."""
+        if len(self._tokens) > self.max_length or len(self._tokens) - len(self._cached) <= _CATCH_UP:
+            return False
+        start = len(self._cached)
+        chunk = self._tokens[start : min(start + self._prefill_chunk, len(self._tokens) - 1)]
+        self._runner.prefill(self._slot, chunk, start)
+        self._cached += chunk
+        return True
 
     def propose(self, max_tokens: int) -> Proposal:
         """Up to `max_tokens` ids, fewer where the slot ends; the forward passes of one round."""
@@ -132,7 +132,8 @@ class ModelProposer:
         proposal = Proposal([], [])
         if room <= 0:
             return proposal
-        self.prefill()
+        while self.prefill_chunk():
+            pass
         pending = self._tokens[len(self._cached) :]
         while len(proposal.token_ids) < min(max_tokens, room):
             logits = self._decode(pending)
@@ -208,8 +209,9 @@ class NgramProposer:
         self._tokens[from_position:] = token_ids
         self._index.extend(token_ids)
 
-    def prefill(self) -> None:
+    def prefill_chunk(self) -> bool:
         """Nothing to do: the index is kept as tokens come."""
+        return False
 
     def propose(self, max_tokens: int) -> Proposal:
         """What followed the last occurrence of the longest n-gram at the end."""

@@ -79,19 +79,17 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 if request.WhichOneof("message") == "start":
                     yield await _begin(engine, proposer, wire.read_turn(request.start, vocabulary))
                     continue
-                ask = wire.check_ask(request, proposer.length, vocabulary)
-                proposer.follow(ask.from_position, ask.token_ids)
-                timed = await engine.propose(proposer, ask.max_tokens)
+                ask = wire.read_ask(request, proposer.length, vocabulary)
+                timed = await engine.propose(proposer, ask)
                 rounds += 1
                 proposed += len(timed.proposal.token_ids)
                 annotate(rounds=rounds, proposed=proposed)
-                yield wire.proposal_message(ask, proposer, timed)
+                yield wire.proposal_message(request.ask.round, proposer, timed)
 
 
 async def _begin(engine: Engine, proposer: Proposer, turn: Turn) -> draft_pb2.ProposeResponse:
     """Starts a turn and prefills it: the first ask then finds the slot ready."""
-    proposer.begin(turn)
-    await engine.prefill(proposer)
+    await engine.begin(proposer, turn)
     return draft_pb2.ProposeResponse(
         started=draft_pb2.ProposeStarted(proposer=proposer.source, max_length=proposer.max_length)
     )

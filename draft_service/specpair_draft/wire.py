@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from specpair.errors import InvalidRequestError, ProtocolError
 from specpair.v1 import common_pb2, draft_pb2
-from specpair_draft.engine import Timed
+from specpair_draft.engine import Ask, Timed
 from specpair_draft.proposers import Proposer, Turn
 from specpair_runtime.wire import check_token_ids, read_sampling
 
-__all__ = ["check_ask", "proposal_message", "read_turn"]
+__all__ = ["proposal_message", "read_ask", "read_turn"]
 
 _MAX_PROPOSAL = 64
-# Ids that a session may name at once when no model bounds them.
-_MAX_TOKENS = 1_048_576
+# Tokens of a session, where no slot bounds them.
+_MAX_TOKENS = 131_072
+# As long as any id that a target makes up.
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 
 
 def read_turn(start: draft_pb2.ProposeStart, vocabulary: int | None) -> Turn:
@@ -22,13 +25,15 @@ def read_turn(start: draft_pb2.ProposeStart, vocabulary: int | None) -> Turn:
     if not start.token_ids:
         raise InvalidRequestError("must not be empty", field="start.token_ids")
     _check_ids(start.token_ids, vocabulary, "start.token_ids")
+    if not _SESSION_ID.fullmatch(start.session_id):
+        raise InvalidRequestError("must be at most 128 letters, digits and . _ : -", field="start.session_id")
     prompt_length = start.prompt_length if start.HasField("prompt_length") else len(start.token_ids)
     if not 1 <= prompt_length <= len(start.token_ids):
         raise InvalidRequestError(f"must be between 1 and {len(start.token_ids)}", field="start.prompt_length")
     return Turn(start.token_ids, prompt_length, read_sampling(start.sampling, vocabulary, "start.sampling"))
 
 
-def check_ask(request: draft_pb2.ProposeRequest, length: int, vocabulary: int | None) -> draft_pb2.ProposeAsk:
+def read_ask(request: draft_pb2.ProposeRequest, length: int, vocabulary: int | None) -> Ask:
     """A checked ask for a session of `length` tokens."""
     if request.WhichOneof("message") != "ask":
         raise ProtocolError("expected a start or an ask, got an empty message", field="message")
@@ -39,15 +44,17 @@ def check_ask(request: draft_pb2.ProposeRequest, length: int, vocabulary: int | 
         raise InvalidRequestError(f"is behind the session's {length} tokens", field="ask.from_position")
     if ask.from_position + len(ask.token_ids) == 0:
         raise InvalidRequestError("would leave no token", field="ask.from_position")
+    if ask.from_position + len(ask.token_ids) > _MAX_TOKENS:
+        raise InvalidRequestError(f"a session has at most {_MAX_TOKENS} tokens", field="ask.token_ids")
     _check_ids(ask.token_ids, vocabulary, "ask.token_ids")
-    return ask
+    return Ask(ask.from_position, ask.token_ids, ask.max_tokens)
 
 
-def proposal_message(ask: draft_pb2.ProposeAsk, proposer: Proposer, timed: Timed) -> draft_pb2.ProposeResponse:
+def proposal_message(round_: int, proposer: Proposer, timed: Timed) -> draft_pb2.ProposeResponse:
     """The answer to an ask."""
     return draft_pb2.ProposeResponse(
         proposal=draft_pb2.Proposal(
-            round=ask.round,
+            round=round_,
             base_length=proposer.length,
             token_ids=timed.proposal.token_ids,
             draft_probs=[

@@ -29,6 +29,7 @@ _FORMATS: dict[str, tuple[float, float]] = {
     "int8": (2, 1),
     # One fp32 scale for every 64 weights.
     "nf4": (2, 0.5 + 4 / 64),
+    "fp4": (2, 0.5 + 4 / 64),
 }
 # bitsandbytes keeps one fp32 scale per output row.
 _INT8_ROW_SCALE = 4
@@ -56,10 +57,12 @@ class Plan:
 
 
 def estimate(model: str, *, max_length: int = 2048, memory: Sequence[int] = (), reserve: float = 0.1) -> Plan:
-    """Estimates for a directory or hub id. Raises ModelLoadError.
+    """Estimates for a directory or hub id. Raises ModelLoadError, and InvalidRequestError for a length below 1.
 
     `memory` are sizes of devices in bytes, of which `reserve` is left to activations and the framework.
     """
+    if max_length < 1:
+        raise InvalidRequestError("must be at least 1", field="max_length")
     config = load_config(model)
     check_causal(config)
     with torch.device("meta"):
@@ -123,9 +126,12 @@ def _bytes(text: str) -> int:
         if suffix and not text.endswith(suffix):
             continue
         try:
-            return round(float(text.removesuffix(suffix)) * factor)
+            size = float(text.removesuffix(suffix)) * factor
         except ValueError:
             break
+        if 0 < size < 2**63:
+            return round(size)
+        break
     raise InvalidRequestError(f"{text!r} is not a size like 24GB or 80GiB", field="gpu")
 
 

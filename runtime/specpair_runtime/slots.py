@@ -14,19 +14,21 @@ __all__ = ["SlotPool"]
 class SlotPool:
     """Hands out slots, lowest first, to waiters in order of arrival. Lives on one event loop."""
 
-    def __init__(self, slots: int, max_waiting: int) -> None:
+    def __init__(self, slots: int, max_waiting: int, max_patience: float) -> None:
+        """At most `max_waiting` sessions wait, each at most `max_patience` seconds."""
         self.slots = slots
         self._free = list(range(slots))
         self._waiting: deque[asyncio.Future[int]] = deque()
         self._max_waiting = max_waiting
+        self._max_patience = max_patience
 
     @property
     def in_use(self) -> int:
         """Slots that belong to a session now."""
         return self.slots - len(self._free)
 
-    async def acquire(self, patience: float) -> int:
-        """A slot, at the latest after `patience` seconds; OverloadedError when there is none, or too many wait."""
+    async def acquire(self, patience: float | None = None) -> int:
+        """A slot. Raises OverloadedError when none becomes free within `patience` seconds, or too many wait."""
         if self._free:
             return heapq.heappop(self._free)
         if len(self._waiting) >= self._max_waiting:
@@ -34,14 +36,15 @@ class SlotPool:
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
-            return await asyncio.wait_for(waiter, patience)
-        except TimeoutError:
-            raise OverloadedError(f"all {self.slots} slots stayed in use", reason="KV_SLOTS_EXHAUSTED") from None
-        except asyncio.CancelledError:
-            # The slot may have been handed over in the moment of the cancellation.
+            limit = self._max_patience if patience is None else min(patience, self._max_patience)
+            return await asyncio.wait_for(waiter, limit)
+        except (TimeoutError, asyncio.CancelledError) as ended:
+            # The slot may have been handed over in this very moment.
             if waiter.done() and not waiter.cancelled():
                 self.release(waiter.result())
-            raise
+            if isinstance(ended, asyncio.CancelledError):
+                raise
+            raise OverloadedError(f"all {self.slots} slots stayed in use", reason="KV_SLOTS_EXHAUSTED") from None
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from uuid import uuid4
 
 from specpair.errors import InvalidRequestError
@@ -24,19 +24,22 @@ __all__ = ["Engine"]
 class Engine:
     """Opens sessions and verifies their blocks. Its coroutines run on one event loop, the model in its own thread."""
 
-    def __init__(self, model: ServingModel, config: TargetConfig) -> None:
+    def __init__(
+        self, model: ServingModel, config: TargetConfig, on_failure: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.model = model
         self.width = config.verify_width
         self.max_length = model.runner.max_length
-        self.pool = SlotPool(config.slots, config.queue)
-        self._queue_timeout = config.queue_timeout
-        self._scheduler = Scheduler(Verifier(model.runner, config.verify_width), prefill_chunk=config.prefill_chunk)
+        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout)
+        self._scheduler = Scheduler(
+            Verifier(model.runner, config.verify_width), prefill_chunk=config.prefill_chunk, on_failure=on_failure
+        )
         self._scheduler.start()
 
     @classmethod
     def load(cls, config: TargetConfig, status: ServiceStatus) -> Engine:
         """Loads the configured model; blocks until it is warm. Raises ModelLoadError."""
-        return cls(load_serving_model(config, [config.verify_width], status), config)
+        return cls(load_serving_model(config, [config.verify_width], status), config, status.fail)
 
     async def open(
         self,
@@ -61,10 +64,11 @@ class Engine:
             text=self._text(prompt, options),
             messages=prompt.messages,
         )
-        session.commit(committed)
+        # Thousands of tokens may have been committed before, each of which is decoded.
+        await asyncio.to_thread(session.commit, committed)
         if session.finish_reason:
             raise InvalidRequestError("the committed tokens already end the turn", field=committed_field)
-        session.slot = await self.pool.acquire(min(patience or self._queue_timeout, self._queue_timeout))
+        session.slot = await self.pool.acquire(patience)
         self._scheduler.prefill(session)
         return session
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specpair_runtime.sampling.params import SamplingParams
+import torch
+
+from specpair_runtime.sampling.choice import sample
+from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
 from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_target.verifier import Judgement
 
@@ -16,9 +19,10 @@ __all__ = ["PositionExplanation", "explain"]
 class PositionExplanation:
     """The verdict at one position.
 
-    `proposed` is None behind the last proposal. Probabilities are those of the proposed id, behind the last proposal of
-    the target's own; `draft_prob` is None when the draft's is not known. `top2_margin` is the score of the most
-    probable id less that of the second.
+    `proposed` is None behind the last proposal. `target_token` is the target's own choice given the proposals before
+    it: its most probable token in greedy sessions, its draw with the session's noise in sampled ones. Probabilities are
+    those of the proposed id after all processors, behind the last proposal of the target's own choice; `draft_prob` is
+    None when the draft's is not known. `top2_margin` is the logit of the most probable id less that of the second.
     """
 
     position: int
@@ -40,29 +44,33 @@ def explain(
 ) -> list[PositionExplanation]:
     """One explanation for each proposal that was judged, and one for the place behind them.
 
-    The judgement must come with its trace.
+    The judgement must come with its trace. A proposal that reaches into the next attended length is judged up to there,
+    and the last explanation is of the place where it was cut.
     """
     trace = judgement.trace
     assert trace is not None
     probs = trace.scores.softmax(dim=-1)
-    best = trace.scores.topk(2, dim=-1).values
+    margins = trace.logits.topk(2, dim=-1).values
+    positions = base_length + torch.arange(len(probs))
+    own = sample(trace.scores[None], positions[None], SamplingBatch.of([params], torch.device("cpu")))[0].tolist()
     explained = []
     for row in range(len(probs)):
-        proposed = proposal[row] if row < len(probs) - 1 else None
-        target_token = trace.choices[row]
-        draft_prob = _draft_prob(draft_probs[row], proposed) if proposed is not None and draft_probs else None
-        target_prob = float(probs[row, proposed if proposed is not None else target_token])
-        accepted = row < judgement.accepted
+        judged = row < len(probs) - 1
+        proposed = proposal[row] if judged else None
+        draft_prob = _draft_prob(draft_probs[row], proposal[row]) if judged and draft_probs else None
+        target_prob = float(probs[row, proposed if proposed is not None else own[row]])
         explained.append(
             PositionExplanation(
                 position=base_length + row,
                 proposed=proposed,
-                target_token=target_token,
+                target_token=own[row],
                 target_prob=target_prob,
                 draft_prob=draft_prob,
-                top2_margin=float(best[row, 0] - best[row, 1]),
-                accepted=accepted,
-                reason=_reason(row, judgement.accepted, proposed, target_prob, draft_prob, params),
+                top2_margin=float(margins[row, 0] - margins[row, 1]),
+                accepted=row < judgement.accepted,
+                reason=_reason(row, judgement.accepted, params, target_prob, draft_prob)
+                if judged
+                else _reason_behind(cut=row < len(proposal), reached=row == judgement.accepted),
             )
         )
     return explained
@@ -72,20 +80,18 @@ def _draft_prob(distribution: SparseProbs, token_id: int) -> float:
     return dict(zip(distribution.token_ids, distribution.probs, strict=True))[token_id]
 
 
-def _reason(
-    row: int,
-    accepted: int,
-    proposed: int | None,
-    target_prob: float,
-    draft_prob: float | None,
-    params: SamplingParams,
-) -> str:
-    if proposed is None:
-        return "nothing was proposed here; the target speaks for itself" if row == accepted else "not reached"
+def _reason(row: int, accepted: int, params: SamplingParams, target_prob: float, draft_prob: float | None) -> str:
     if row > accepted:
         return "not reached: a proposal before it was rejected"
+    verdict = "accepted" if row < accepted else "rejected"
     if params.rejection and not params.greedy:
-        ratio = min(1.0, target_prob / (1.0 if draft_prob is None else draft_prob))
-        return f"{'accepted' if row < accepted else 'rejected'}: the chance of acceptance was {ratio:.3f}"
+        chance = min(1.0, target_prob / (1.0 if draft_prob is None else draft_prob))
+        return f"{verdict}: the chance of acceptance was {chance:.3f}"
     own = "most probable token" if params.greedy else "choice under the shared noise"
-    return f"accepted: it is the target's {own}" if row < accepted else f"rejected: it is not the target's {own}"
+    return f"{verdict}: it is {'' if row < accepted else 'not '}the target's {own}"
+
+
+def _reason_behind(*, cut: bool, reached: bool) -> str:
+    if cut:
+        return "the proposal is cut here: this position belongs to the next attended length"
+    return "nothing was proposed here: the target speaks for itself" if reached else "not reached"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from specpair.errors import InvalidRequestError
+from specpair_runtime.wire import check_token_ids
 from specpair_target.sessions import ChatMessage, Session
 
 __all__ = ["Prompt", "Prompts"]
@@ -27,6 +28,7 @@ class Prompts:
 
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
+    vocabulary: int
 
     def of_text(self, text: str, field: str, after: Session | None = None) -> Prompt:
         """Text as the tokenizer takes it by default; behind an earlier turn without special tokens of its own."""
@@ -78,4 +80,6 @@ class Prompts:
             raise InvalidRequestError(
                 f"{len(prompt.token_ids)} tokens are more than the {self.max_length} positions of a slot", field=field
             )
+        # A tokenizer may know tokens that were added behind the embedding matrix.
+        check_token_ids(prompt.token_ids, self.vocabulary, field)
         return prompt

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 import torch
@@ -47,8 +47,12 @@ class Scheduler:
     verify width, through the very steps that computed them before.
     """
 
-    def __init__(self, verifier: Verifier, *, prefill_chunk: int) -> None:
+    def __init__(
+        self, verifier: Verifier, *, prefill_chunk: int, on_failure: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        """`on_failure` is told why, should the thread itself fail: nothing is computed from then on."""
         self._verifier = verifier
+        self._on_failure = on_failure
         self._runner = verifier.runner
         self._prefill_chunk = prefill_chunk
         self._prefills: deque[Session] = deque()
@@ -69,8 +73,7 @@ class Scheduler:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
-        for work in self._work:
-            _answer(work, UnavailableError("the target stops"))
+        self._refuse_all()
 
     def prefill(self, session: Session) -> None:
         """Begins to prefill a session's prompt, at its first turn or a later one."""
@@ -99,10 +102,21 @@ class Scheduler:
             session.closed = True
 
     def _run(self) -> None:
-        while self._wait():
-            self._prefill_chunk_of_next()
-            for length, group in self._take_ready().items():
-                self._step(group, length)
+        try:
+            while self._wait():
+                self._prefill_chunk_of_next()
+                for length, group in self._take_ready().items():
+                    self._step(group, length)
+        except Exception as error:
+            self._log.exception("the engine thread failed")
+            with self._wake:
+                self._stopping = True
+            self._refuse_all()
+            self._on_failure(f"the engine failed: {type(error).__name__}")
+
+    def _refuse_all(self) -> None:
+        while self._work:
+            _answer(self._work.popleft(), UnavailableError("the target stops"))
 
     def _wait(self) -> bool:
         with self._wake:
@@ -124,8 +138,9 @@ class Scheduler:
             session.failure = _public(error)
             return
         session.kv_length = end
-        with self._wake:
-            self._prefills.append(session)
+        if not session.prefilled:
+            with self._wake:
+                self._prefills.append(session)
 
     def _take_ready(self) -> dict[int, list[_Work]]:
         """Takes the blocks whose sessions are prefilled, by the length that their step attends to."""
@@ -146,18 +161,24 @@ class Scheduler:
         return ready
 
     def _step(self, group: list[_Work], length: int) -> None:
-        """One forward pass for a group: judges blocks, and replays where a session has not caught up."""
+        """One forward pass for a group: judges blocks, and replays where a session has not caught up.
+
+        When it fails, each session gets a pass of its own, so that one of them cannot fail the others.
+        """
         began = time.perf_counter_ns()
         slots = self._runner.slot_range([work.session.slot for work in group])
         rows = [Row(self._runner.parking, [0]) for _ in slots]
-        for work in group:
-            rows[work.session.slot - slots.start] = self._row(work, length)
         try:
+            for work in group:
+                rows[work.session.slot - slots.start] = self._row(work, length)
             judgements = self._verifier.verify(slots.start, rows, length)
         except Exception as error:
             self._log.exception("step failed", sessions=len(group))
-            for work in group:
-                _answer(work, _public(error))
+            if len(group) == 1:
+                _answer(group[0], _public(error))
+            else:
+                for work in group:
+                    self._step([work], length)
             return
         for work in group:
             judgement = judgements[work.session.slot - slots.start]
@@ -204,7 +225,11 @@ class Scheduler:
 
     def _conclude(self, work: _Work, length: int, verification: Verification) -> None:
         session, judgement = work.session, verification.judgement
-        if not judgement.finite:
+        if not judgement.finite and session.caught_up and work.proposal:
+            # Whether the target alone would have failed must not depend on what was proposed.
+            with self._wake:
+                self._work.append(replace(work, proposal=(), draft_probs=()))
+        elif not judgement.finite:
             _answer(work, InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS"))
         elif session.caught_up:
             # The KV of the accepted tokens is in the slot from now on, before another step can touch it.

@@ -13,7 +13,7 @@ import grpc
 from specpair.errors import ProtocolError, UnavailableError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair_runtime.serving import ServiceStatus, annotate
-from specpair_runtime.wire import check_token_ids, describe_model, read_sampling
+from specpair_runtime.wire import describe_model, read_sampling
 from specpair_target import wire
 from specpair_target.config import TargetConfig
 from specpair_target.engine import Engine
@@ -127,7 +127,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         tokenizer = engine.model.loaded.tokenizer
         if tokenizer is None:
             raise UnsupportedError("this model has no tokenizer", field="token_ids")
-        check_token_ids(request.token_ids, engine.model.runner.vocabulary, "token_ids")
+        wire.check_detokenizable(request.token_ids, self._limits(engine))
         text = await asyncio.to_thread(
             tokenizer.decode,
             list(request.token_ids),
@@ -159,6 +159,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         self, engine: Engine, session: Session, request: target_pb2.SessionExtend
     ) -> target_pb2.SessionStarted:
         """Starts a session's next turn."""
+        if not session.finish_reason:
+            raise ProtocolError("the turn has not ended", field="extend")
         limits, prompts = self._limits(engine), self._prompts(engine)
         options = wire.read_turn(request, limits, text=prompts.tokenizer is not None, prefix="extend.")
         prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, "extend.prompt", session)
@@ -171,9 +173,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         limits = self._limits(engine)
         wire.check_proposal(block.token_ids, limits, "block.token_ids")
         draft_probs = wire.read_draft_probs(block, session.options.sampling, limits, "block.")
-        if session.finish_reason:
-            raise ProtocolError("the turn has ended", field="block")
-        if not _continues(block, session):
+        if session.finish_reason or not _continues(block, session):
             return wire.stale(block, session)
         base_length = session.length
         verification = await engine.verify(session, block.token_ids, draft_probs)
@@ -186,7 +186,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         return self._engine
 
     def _prompts(self, engine: Engine) -> Prompts:
-        return Prompts(engine.model.loaded.tokenizer, engine.max_length)
+        return Prompts(engine.model.loaded.tokenizer, engine.max_length, engine.model.runner.vocabulary)
 
     def _limits(self, engine: Engine) -> wire.Limits:
         fingerprint = engine.model.loaded.fingerprint

@@ -118,7 +118,9 @@ class Session:
         for token_id in token_ids:
             self.tokens.append(token_id)
             committed.append(token_id)
-            update = self.text.push(token_id) if self.text is not None else None
+            # What a stop token says is not searched: it ends the turn by itself.
+            search = token_id not in self.options.stop_token_ids
+            update = self.text.push(token_id, search=search) if self.text is not None else None
             texts.append(update.released if update is not None else "")
             stop_string = update.stop_string if update is not None else ""
             self.finish_reason = self._finish_reason(token_id, stop_string)

@@ -12,6 +12,8 @@ __all__ = ["TextStream", "TextUpdate"]
 # Tokens of context that a tokenizer may need to render the next one, as with spaces between words.
 _CONTEXT = 6
 _INCOMPLETE = "\ufffd"
+# Bytes of a character in UTF-8, each of which may be a token of its own.
+_LONGEST_CHARACTER = 4
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,28 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
-        self._ids = list(prompt_ids[-_CONTEXT:])
-        # Text of ids[_prefix:_read] is out already and gives the context for the ids behind it.
+        self._ids = self._context(prompt_ids)
+        # The text of ids[_prefix:] begins with _out characters that are out already; that of ids[_prefix:_read] is
+        # complete and gives the context for the ids behind it. A prompt may end in half a character, which the first
+        # tokens complete.
         self._prefix = 0
         self._read = len(self._ids)
+        self._out = len(self._decode(self._ids).rstrip(_INCOMPLETE))
         self._held = ""
 
-    def push(self, token_id: int) -> TextUpdate:
-        """Takes one token. After an update with a stop string nothing more is taken."""
+    def push(self, token_id: int, *, search: bool = True) -> TextUpdate:
+        """Takes one token; looks for stop strings in what it adds, if it is to `search`.
+
+        After an update with a stop string nothing more is taken.
+        """
         self._ids.append(token_id)
         self._held += self._decoded(flush=False)
-        found = self._first_stop()
+        found = self._first_stop() if search else None
         if found is not None:
             start, stop_string = found
             released, self._held = self._held[:start], ""
+            # Whatever else the token says stands behind the end.
+            self._prefix = len(self._ids)
             return TextUpdate(released, stop_string)
         keep = self._possible_stop()
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -59,13 +69,25 @@ class TextStream:
         return released
 
     def _decoded(self, *, flush: bool) -> str:
-        # A prompt may end in half a character, which the first tokens complete.
-        before = self._decode(self._ids[self._prefix : self._read]).rstrip(_INCOMPLETE)
-        after = self._decode(self._ids[self._prefix :])
-        if len(after) <= len(before) or (after.endswith(_INCOMPLETE) and not flush):
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return after[len(before) :]
+        text = self._decode(self._ids[self._prefix :])
+        # Half a character decodes to replacement characters, until the next token completes it.
+        whole = text if flush else text.rstrip(_INCOMPLETE)
+        new = whole[self._out :]
+        if new:
+            self._out = len(whole)
+        if new and len(whole) == len(text):
+            self._prefix, self._read = self._read, len(self._ids)
+            self._out = len(self._decode(self._ids[self._prefix :]))
+        return new
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The end of a prompt, from the beginning of a character on."""
+        start = max(0, len(prompt_ids) - _CONTEXT)
+        for further in range(_LONGEST_CHARACTER):
+            context = list(prompt_ids[max(0, start - further) :])
+            if not self._decode(context).startswith(_INCOMPLETE):
+                return context
+        return list(prompt_ids[start:])
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

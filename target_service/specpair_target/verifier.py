@@ -44,10 +44,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a judgement was based on: processed `scores` of [proposals + 1, vocabulary], the target's own `choices`."""
+    """What a judgement was based on: `logits` and processed `scores`, each of [proposals + 1, vocabulary]."""
 
+    logits: torch.Tensor
     scores: torch.Tensor
-    choices: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Verifier:
         positions = (starts[:, None] + 1 + torch.arange(self.width)).to(device)  # of the tokens to choose
         counts = torch.tensor([len(row.token_ids) - 1 for row in rows], device=device)  # [batch]
         accepted, choices, scores = self._judge(logits.float(), proposed, positions, counts, rows)
-        finite = logits.amax(dim=-1).isfinite().all(dim=-1)  # [batch]
+        judged = torch.arange(self.width, device=device) <= counts[:, None]  # [batch, width]
+        finite = (logits.amax(dim=-1).isfinite() | ~judged).all(dim=-1)  # [batch]
 
         # The one copy from device to host, [batch, 2 + width].
         verdicts = torch.cat([accepted[:, None], finite[:, None], choices], dim=1).tolist()
@@ -95,7 +96,7 @@ class Verifier:
         logprobs = read_logprobs(logits, spoken, [row.top_logprobs for row in rows])
         forward_us = (time.perf_counter_ns() - began) // 1000
         traces = [
-            Trace(scores[index, : len(row.token_ids)].cpu(), verdicts[index][2 : 2 + len(row.token_ids)])
+            Trace(logits[index, : len(row.token_ids)].float().cpu(), scores[index, : len(row.token_ids)].cpu())
             if row.traced
             else None
             for index, row in enumerate(rows)

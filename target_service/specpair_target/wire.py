@@ -18,6 +18,7 @@ from specpair_target.sessions import Commit, Session, TurnOptions
 
 __all__ = [
     "Limits",
+    "check_detokenizable",
     "check_proposal",
     "committed_message",
     "explanation",
@@ -34,6 +35,7 @@ _MAX_STOP_STRINGS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_STOP_IDS = 64
 _MAX_TOP_LOGPROBS = 20
+_MAX_DETOKENIZED = 131_072
 # Rounding of float32 probabilities that were normalised elsewhere.
 _PROBS_TOLERANCE = 1e-3
 
@@ -67,9 +69,9 @@ def read_prompt(
 
 def read_committed(ids: Sequence[int], prompt_length: int, limits: Limits, field: str) -> list[int]:
     """Token ids that a broken session had committed; together with the prompt they fit the slot."""
-    check_token_ids(ids, limits.vocabulary, field)
     if prompt_length + len(ids) > limits.max_length:
         raise InvalidRequestError(f"more than the {limits.max_length} positions of a slot", field=field)
+    check_token_ids(ids, limits.vocabulary, field)
     return list(ids)
 
 
@@ -115,6 +117,13 @@ def _check_stop(stop: common_pb2.StopCriteria, limits: Limits, text: bool, field
     if len(stop.stop_token_ids) > _MAX_STOP_IDS:
         raise InvalidRequestError(f"at most {_MAX_STOP_IDS}", field=f"{field}.stop_token_ids")
     check_token_ids(stop.stop_token_ids, limits.vocabulary, f"{field}.stop_token_ids")
+
+
+def check_detokenizable(token_ids: Sequence[int], limits: Limits) -> None:
+    """Raises InvalidRequestError for ids that are no text, or more than an answer could carry."""
+    if len(token_ids) > _MAX_DETOKENIZED:
+        raise InvalidRequestError(f"at most {_MAX_DETOKENIZED} ids", field="token_ids")
+    check_token_ids(token_ids, limits.vocabulary, "token_ids")
 
 
 def check_proposal(token_ids: Sequence[int], limits: Limits, field: str) -> None:

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from specpair.errors import InvalidRequestError, UnavailableError
 from specpair.messages import (
@@ -15,6 +16,8 @@ from specpair.messages import (
     DraftAsk,
     DraftStart,
     DraftStarted,
+    Explain,
+    Extend,
     Fingerprint,
     ModelInfo,
     Phase,
@@ -24,7 +27,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import SamplingParams
-from specpair.results import FinishReason, Source
+from specpair.results import FinishReason, PositionExplanation, Source
 
 VOCABULARY = 50
 EOS = 0
@@ -49,6 +52,16 @@ def text_of(token_id: int) -> str:
     return f"<{token_id}>"
 
 
+def tokenized(prompt: object) -> list[int]:
+    """Token ids of a prompt. The text of an answer is tokenized to other ids than those that it was generated with."""
+    if isinstance(prompt, str):
+        return [ord(character) % VOCABULARY for character in prompt]
+    parts = list(prompt)
+    if parts and isinstance(parts[0], dict):
+        return tokenized("".join(f"{part['role']}:{part['content']};" for part in parts))
+    return parts
+
+
 @dataclass
 class Target:
     """A session at the target: the tokens so far, judged as the proto files say."""
@@ -58,6 +71,28 @@ class Target:
     max_length: int = 1024
     generated: int = 0
     held: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answer: str = ""
+
+    @classmethod
+    def of(cls, prompt: object, params: SamplingParams, max_length: int = 1024) -> Target:
+        """A new session."""
+        messages = list(prompt) if prompt and isinstance(prompt[0], dict) else []
+        return cls(tokenized(prompt), params, max_length, messages=messages)
+
+    def extend(self, prompt: object, params: SamplingParams) -> int:
+        """The next turn; how many tokens stay in the cache, which holds all but the last one."""
+        before = self.log
+        if not prompt:
+            raise InvalidRequestError("must not be empty", field="extend.prompt")
+        if isinstance(prompt[0], dict):
+            self.messages += [{"role": "assistant", "content": self.answer}, *prompt]
+            self.log = tokenized(self.messages)
+        else:
+            self.log = [*before, *tokenized(prompt)]
+        self.params, self.generated, self.held, self.answer = params, 0, "", ""
+        pairs = zip(before[:-1], self.log[:-1], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     def judge(self, block: Block) -> Verdict:
         length = len(self.log)
@@ -95,6 +130,7 @@ class Target:
         if token_id % 5 == 0 and finish is None:  # as half a character would be
             return token_id, "", finish
         text, self.held = self.held, ""
+        self.answer += text
         return token_id, text, finish
 
 
@@ -129,7 +165,8 @@ class FakeStream:
 
 @dataclass
 class FakeTarget:
-    """A target service. `falsify` may replace a verdict, `fails_after` rounds the stream breaks."""
+    """A target service. `falsify` may replace a verdict, `falsify_started` the start of a later turn; `fails_after`
+    rounds the stream breaks."""
 
     fingerprint: Fingerprint | None = FINGERPRINT
     phase: Phase = Phase.READY
@@ -139,8 +176,10 @@ class FakeTarget:
     falsify: Callable[[Verdict], object] = lambda verdict: verdict
     fails_after: int | None = None
     failure: Exception | None = None
+    falsify_started: Callable[[Started], object] = lambda started: started
     streams: list[FakeStream] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+    questions: list[Explain] = field(default_factory=list)
     infos: int = 0
 
     async def info(self, within: float | None = None) -> ModelInfo:
@@ -152,16 +191,24 @@ class FakeTarget:
     def _open(self, start: Start) -> tuple[Target, Started]:
         if self.failure is not None:
             raise self.failure
-        prompt = [ord(c) % VOCABULARY for c in start.prompt] if isinstance(start.prompt, str) else list(start.prompt)
-        if not prompt:
+        target = Target.of(start.prompt, start.params, self.max_length)
+        if not target.log:
             raise InvalidRequestError("must not be empty", field="start.prompt")
-        started = Started("s1", tuple(prompt), 0, len(prompt), self.width - 1, self.max_length)
-        return Target(prompt, start.params, self.max_length), started
+        return target, self._started(target, 0)
+
+    def _started(self, target: Target, kept: int) -> Started:
+        return Started("s1", tuple(target.log[kept:]), kept, len(target.log), self.width - 1, self.max_length)
 
     async def verify(self, start: Start, within: float | None = None) -> FakeStream:
         target, started = self._open(start)
 
-        def judge(block: Block) -> object:
+        def judge(block: Block | Extend) -> object:
+            if isinstance(block, Extend):
+                try:
+                    kept = target.extend(block.prompt, block.params)
+                except InvalidRequestError as refused:
+                    return refused
+                return self.falsify_started(self._started(target, kept))
             assert len(block.token_ids) < self.width
             self.blocks.append(block)
             if self.fails_after is not None and len(self.blocks) > self.fails_after:
@@ -182,7 +229,12 @@ class FakeTarget:
         return self.streams[-1]
 
     async def tokenize(self, prompt: object, within: float | None = None) -> tuple[int, ...]:
-        return tuple(ord(c) % VOCABULARY for c in prompt)
+        return tuple(tokenized(prompt))
+
+    async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:
+        self.questions.append(question)
+        log = tokenized(question.prompt)
+        return tuple(explanations(log, question.token_ids, question.params.seed or 0))
 
     async def detokenize(self, token_ids: tuple[int, ...], keep: bool, within: float | None = None) -> str:
         return "".join(map(text_of, token_ids))
@@ -192,6 +244,17 @@ class FakeTarget:
 
     async def close(self) -> None:
         pass
+
+
+def explanations(log: list[int], proposal: Sequence[int], seed: int = 0) -> list[PositionExplanation]:
+    """Every position of a proposal and the place behind it."""
+    found, accepted = [], True
+    for row, proposed in enumerate((*proposal, None)):
+        choice = next_token([*log, *proposal[:row]], seed)
+        accepted = accepted and choice == proposed
+        reason = "accepted" if accepted else "rejected" if proposed is not None else "nothing was proposed here"
+        found.append(PositionExplanation(len(log) + row, proposed, choice, 0.75, None, 0.5, accepted, reason))
+    return found
 
 
 def perfect(draft: FakeDraft, ask: DraftAsk) -> Proposal:
@@ -248,6 +311,7 @@ class FakeDraft:
     delay: float = 0.0
     seed: int = 0
     log: list[int] = field(default_factory=list)
+    starts: list[DraftStart] = field(default_factory=list)
     asks: list[DraftAsk] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
 
@@ -259,11 +323,18 @@ class FakeDraft:
     async def propose(self, start: DraftStart, within: float | None = None) -> FakeStream:
         if self.refuses is not None:
             raise self.refuses
-        self.log = list(start.token_ids)
-        self.seed = start.params.seed or 0
-        stream = FakeStream(lambda ask: None, deque([DraftStarted(Source.MODEL, 0)]), self.delay)
+        stream = FakeStream(lambda ask: None, deque(), self.delay)
 
-        async def send(ask: DraftAsk) -> None:
+        def begin(start: DraftStart) -> None:
+            self.starts.append(start)
+            self.log = list(start.token_ids)
+            self.seed = start.params.seed or 0
+            stream.answers.append(DraftStarted(Source.MODEL, 0))
+
+        async def send(ask: DraftAsk | DraftStart) -> None:
+            if isinstance(ask, DraftStart):
+                begin(ask)
+                return
             assert ask.from_position == len(self.log)
             assert ask.max_tokens > 0
             self.asks.append(ask)
@@ -272,6 +343,7 @@ class FakeDraft:
             if answer is not None:
                 stream.answers.append(answer)
 
+        begin(start)
         stream.send = send
         self.streams.append(stream)
         return stream

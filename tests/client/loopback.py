@@ -18,7 +18,7 @@ from specpair.params import SamplingParams
 from specpair.results import Source
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
-from .fakes import EOS, VOCABULARY, Target, continuation, next_token, text_of
+from .fakes import EOS, VOCABULARY, Target, continuation, explanations, next_token, text_of
 
 FINGERPRINT = common_pb2.Fingerprint(vocabulary_size=VOCABULARY, vocabulary_sha256="aa", eos_token_ids=[EOS])
 FINISH = {
@@ -55,14 +55,19 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     delay: float = 0.0
     ended: Event = field(default_factory=Event)
     cut_after: int | None = None
+    starts: list[target_pb2.SessionStart] = field(default_factory=list)
+    blocks: list[target_pb2.Block] = field(default_factory=list)
 
     def GetModelInfo(self, request, context):
-        info = common_pb2.ModelInfo(model="target", phase=common_pb2.PHASE_READY, fingerprint=FINGERPRINT)
+        info = common_pb2.ModelInfo(
+            model="target", phase=common_pb2.PHASE_READY, fingerprint=FINGERPRINT, verify_width=8, max_length=1024
+        )
         return target_pb2.TargetServiceGetModelInfoResponse(info=info)
 
     def Verify(self, requests, context):
         context.add_callback(self.ended.set)
         start = next(requests).start
+        self.starts.append(start)
         if start.prompt.text == "full":
             fail(context, OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED"))
         ids = prompt_ids(start.prompt, context)
@@ -72,7 +77,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             if i == self.cut_after:
                 return
             time.sleep(self.delay)
+            if request.HasField("extend"):
+                kept = target.extend(prompt_ids(request.extend.prompt, context), turn(request.extend))
+                yield target_pb2.VerifyResponse(started=self.started(target.log, kept))
+                continue
             block = request.block
+            self.blocks.append(block)
             verdict = target.judge(
                 Block(block.round, block.base_length, block.last_token_id, tuple(block.token_ids), Source.MODEL)
             )
@@ -112,10 +122,38 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     def Detokenize(self, request, context):
         return target_pb2.DetokenizeResponse(text="".join(map(text_of, request.token_ids)))
 
-    def started(self, ids):
+    def ExplainVerify(self, request, context):
+        explained = explanations(prompt_ids(request.prompt, context), request.token_ids, request.sampling.seed)
+        sampled_from = [dict(zip(given.token_ids, given.probs, strict=True)) for given in request.draft_probs]
+        positions = [
+            target_pb2.PositionExplanation(
+                position=one.position,
+                proposed_token_id=one.proposed_token_id,
+                target_token_id=one.target_token_id,
+                target_prob=one.target_prob,
+                draft_prob=sampled_from[row][one.proposed_token_id] if row < len(sampled_from) else None,
+                top2_margin=one.top2_margin,
+                accepted=one.accepted,
+                reason=one.reason,
+            )
+            for row, one in enumerate(explained)
+        ]
+        return target_pb2.ExplainVerifyResponse(positions=positions)
+
+    def started(self, ids, kept=0):
         return target_pb2.SessionStarted(
-            session_id="s", prompt_token_ids=ids, length=len(ids), max_block_tokens=7, max_length=1024
+            session_id="s",
+            prompt_token_ids=ids[kept:],
+            cached_tokens=kept,
+            length=len(ids),
+            max_block_tokens=7,
+            max_length=1024,
         )
+
+
+def half(token_id: int) -> common_pb2.SparseDistribution:
+    """What an id was sampled from, if it was as probable as another one."""
+    return common_pb2.SparseDistribution(token_ids=[token_id, 49], probs=[0.5, 0.5])
 
 
 @dataclass
@@ -137,13 +175,21 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         for i, request in enumerate(requests):
             if i == self.cut_after:
                 return
+            if request.HasField("start"):
+                start = request.start
+                log = list(start.token_ids)
+                yield draft_pb2.ProposeResponse(started=draft_pb2.ProposeStarted(proposer=common_pb2.SOURCE_MODEL))
+                continue
             ask = request.ask
             log[ask.from_position :] = ask.token_ids
+            ids = continuation(log, ask.max_tokens, start.sampling.seed)
+            rejection = start.sampling.rule == common_pb2.ACCEPTANCE_RULE_REJECTION
             yield draft_pb2.ProposeResponse(
                 proposal=draft_pb2.Proposal(
                     round=ask.round,
                     base_length=len(log),
-                    token_ids=continuation(log, ask.max_tokens, start.sampling.seed),
+                    token_ids=ids,
+                    draft_probs=[half(id_) for id_ in ids] if rejection else [],
                     source=common_pb2.SOURCE_MODEL,
                 )
             )

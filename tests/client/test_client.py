@@ -340,6 +340,40 @@ def test_generations_at_once_do_not_mix():
         assert list(result.token_ids) == continuation(prompt, COUNT)
 
 
+@pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
+@pytest.mark.parametrize("draft_length", [None, 0, 3])
+def test_an_explanation_is_asked_for_what_would_be_proposed(mode, draft_length):
+    """Without a proposal the client's proposer makes the first one of a generation, and leaves no call behind."""
+    target, draft, prompt = FakeTarget(), FakeDraft(), (*continuation(PROMPT, 40),)
+
+    async def run():
+        async with client(target, draft, mode, draft_length=draft_length) as opened:
+            return await opened.explain(prompt)
+
+    explained = asyncio.run(run())
+    [question] = target.questions
+    count = {"none": 0}.get(mode, 7 if draft_length is None else draft_length)
+    assert list(question.token_ids) == continuation(prompt, count)
+    assert [one.accepted for one in explained] == [True] * count + [False]
+    assert (question.prompt, question.draft_probs) == (prompt, ())
+    assert all(stream.cancelled for stream in draft.streams)
+    assert target.streams == []
+
+
+def test_an_explanation_of_a_given_proposal():
+    """The proposal is judged as it is; neither the draft nor the length of blocks matters."""
+    target, draft = FakeTarget(), FakeDraft()
+
+    async def run():
+        async with client(target, draft) as opened:
+            return await opened.explain("ab", [1, 2, 3], SamplingParams(seed=5))
+
+    assert [one.proposed_token_id for one in asyncio.run(run())] == [1, 2, 3, None]
+    [question] = target.questions
+    assert (question.prompt, question.params.seed, question.token_ids) == ("ab", 5, [1, 2, 3])
+    assert (draft.streams, target.infos) == ([], 0)
+
+
 def test_info_health_and_text():
     """The services' own words, None for a draft that is not there."""
 

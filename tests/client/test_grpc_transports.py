@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc
 import pytest
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
 
 from specpair import (
+    AcceptanceRule,
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
@@ -21,7 +25,7 @@ from specpair.grpc_transports import GrpcTarget
 from specpair.messages import Start
 
 from .fakes import continuation
-from .loopback import DraftServicer, TargetServicer, serving
+from .loopback import DraftServicer, TargetServicer, half, serving
 
 PROMPT = (3, 4, 5)
 PARAMS = SamplingParams(max_new_tokens=30, seed=7)
@@ -56,6 +60,106 @@ def test_the_wire_changes_nothing(mode):
     assert list(result.token_ids) == EXPECTED
     assert result.stats.proposer == mode
     assert result.stats.proposer_changes == ()
+
+
+@pytest.mark.parametrize("mode", ["model", "ngram", "none"])
+def test_sessions_of_several_turns(mode):
+    """Over gRPC each turn continues all that was said, on the slots of the first one, and both end with the session."""
+    target, draft = TargetServicer(), DraftServicer()
+    with serving(target, draft) as address:
+
+        async def work():
+            async with SpeculativeClient(address, address if mode == "model" else mode, draft_length=3) as client:
+                async with client.session() as session:
+                    results = [await session.generate(prompt, PARAMS) for prompt in (PROMPT, "and", (7,))]
+                    assert not target.ended.is_set()
+                assert target.ended.wait(1)
+                assert draft.ended.is_set() or mode != "model" or draft.ended.wait(1)
+                return results
+
+        results = run(work)
+    for result in results:
+        assert list(result.token_ids) == continuation(result.prompt_token_ids, 30, 7)
+        assert result.stats.proposer_changes == ()
+    assert [result.stats.cached_tokens for result in results] == [0, 32, 65]
+
+
+def test_closing_a_session_ends_a_turn_that_waits_elsewhere():
+    """Whoever waits for the next chunk in another task gets an error of this package, and is not cancelled."""
+    target = TargetServicer(delay=0.2)
+    with serving(target) as address:
+
+        async def work():
+            async with SpeculativeClient(address, "ngram") as client:
+                session = client.session()
+                waiting = asyncio.create_task(session.generate(PROMPT))
+                await asyncio.sleep(0.1)
+                await session.aclose()
+                with pytest.raises(UnavailableError, match="ended on this side"):
+                    await waiting
+                assert not waiting.cancelled()
+                assert target.ended.wait(1)
+
+        run(work)
+
+
+@pytest.mark.parametrize("mode", ["model", "ngram"])
+def test_rejection_rule(mode):
+    """A model draft's probabilities reach the target with its ids; prompt lookup is certain and sends none."""
+    target = TargetServicer()
+    with (
+        serving(target, DraftServicer()) as address,
+        SyncSpeculativeClient(address, address if mode == "model" else mode, draft_length=3) as client,
+    ):
+        result = client.generate(PROMPT, SamplingParams(max_new_tokens=30, seed=7, rule=AcceptanceRule.REJECTION))
+    assert list(result.token_ids) == EXPECTED
+    assert any(block.token_ids for block in target.blocks)
+    for block in target.blocks:
+        expected = [half(id_) for id_ in block.token_ids] if mode == "model" else []
+        assert list(block.draft_probs) == expected
+
+
+def test_explanations():
+    """One for each proposed id and one for the place behind them; the draft's own probabilities if it proposes."""
+    with serving(TargetServicer(), DraftServicer()) as address, SyncSpeculativeClient(address, address) as client:
+        truth = continuation(PROMPT, 3)
+        explained = client.explain(PROMPT, [*truth[:2], truth[2] + 1])
+        assert [one.accepted for one in explained] == [True, True, False, False]
+        assert [one.proposed_token_id for one in explained] == [*truth[:2], truth[2] + 1, None]
+        assert [one.draft_prob for one in explained] == [None] * 4
+        explained = client.explain(PROMPT, params=SamplingParams(temperature=1.0, rule=AcceptanceRule.REJECTION))
+        assert [one.proposed_token_id for one in explained] == [*continuation(PROMPT, 7), None]
+        assert [one.draft_prob for one in explained] == [*[0.5] * 7, None]
+        with pytest.raises(InvalidRequestError) as refused:
+            client.explain(PROMPT, [-1])
+        assert refused.value.field == "token_ids[0]"
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        status_pb2.Status(code=3, message="no slot").SerializeToString(),
+        status_pb2.Status(code=8, message="another message").SerializeToString(),
+        b"\xff",
+        status_pb2.Status(
+            code=8,
+            message="no slot",
+            details=[any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")],
+        ).SerializeToString(),
+    ],
+)
+def test_rich_errors_that_contradict_the_status_are_passed_over(details):
+    """The call's own code and message stand, whatever a peer or a proxy sends beside them."""
+
+    class Contradicting(TargetServicer):
+        def Tokenize(self, request, context):
+            context.set_trailing_metadata([("grpc-status-details-bin", details)])
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no slot")
+
+    with serving(Contradicting()) as address, SyncSpeculativeClient(address, "none") as client:
+        with pytest.raises(OverloadedError) as refused:
+            client.tokenize("a")
+        assert (refused.value.message, refused.value.field, refused.value.reason) == ("no slot", "", "")
 
 
 def test_a_session_ends_politely_on_both_sides():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 
 import pytest
@@ -119,8 +120,120 @@ def test_the_rejection_rule_sends_what_was_sampled_from():
     ask = loop.propose(3)
     block = loop.verify(ask, proposal(ask, [7, 8, 7], draft_probs=(q, q)))
     assert (block.token_ids, block.draft_probs) == ((7, 8), (q, q))
-    block = loop.verify(ask, proposal(ask, [7, 8]))
-    assert block.draft_probs == (SparseDistribution((7,), (1.0,)), SparseDistribution((8,), (1.0,)))
+    block = loop.verify(ask, proposal(ask, [7, 8], source=Source.NGRAM))
+    assert (block.token_ids, block.draft_probs, block.source) == ((7, 8), (), Source.NGRAM)
+    block = loop.verify(ask, None)
+    assert (block.token_ids, block.draft_probs, block.source) == ((), (), Source.TARGET)
+
+
+def test_the_coupled_rule_sends_no_probabilities():
+    """Nobody needs them there, and the target refuses them."""
+    loop = Loop(started(), SamplingParams())
+    ask = loop.propose(1)
+    block = loop.verify(ask, proposal(ask, [7], draft_probs=(SparseDistribution((7,), (1.0,)),)))
+    assert (block.token_ids, block.draft_probs) == ((7,), ())
+
+
+IMPLAUSIBLE = {
+    "more ids than probabilities": SparseDistribution((7, 8), (1.0,)),
+    "more probabilities than ids": SparseDistribution((7,), (0.5, 0.5)),
+    "an id twice": SparseDistribution((7, 7), (0.5, 0.5)),
+    "an id outside the vocabulary": SparseDistribution((7, VOCABULARY), (0.5, 0.5)),
+    "too many ids": SparseDistribution(tuple(range(65)), (1 / 65,) * 65),
+    "too little in sum": SparseDistribution((7, 8), (0.5, 0.4)),
+    "too much in sum": SparseDistribution((7, 8), (0.5, 0.6)),
+    "less than nothing": SparseDistribution((7, 8, 9), (0.75, 0.5, -0.25)),
+    "not a number": SparseDistribution((7, 8), (0.5, float("nan"))),
+    "infinity": SparseDistribution((7, 8), (float("inf"), 0.0)),
+    "another id alone": SparseDistribution((8,), (1.0,)),
+    "nothing for the id": SparseDistribution((7, 8), (0.0, 1.0)),
+    "nothing at all": SparseDistribution((), ()),
+}
+
+
+@pytest.mark.parametrize("name", IMPLAUSIBLE)
+def test_a_proposal_ends_at_the_first_distribution_that_cannot_be(name):
+    """The target would refuse the block: what a draft says costs speed, never an error."""
+    loop = Loop(
+        started(), SamplingParams(rule=AcceptanceRule.REJECTION), vocabulary_size=80 if "many" in name else VOCABULARY
+    )
+    ask = loop.propose(3)
+    good = SparseDistribution((6, 7), (0.25, 0.75))
+    block = loop.verify(ask, proposal(ask, [6, 7, 6], draft_probs=(good, IMPLAUSIBLE[name], good)))
+    assert (block.token_ids, block.draft_probs) == ((6,), (good,))
+
+
+@given(st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=64).filter(lambda weights: weights[0] > 0.01))
+def test_distributions_rounded_to_float32_pass(weights):
+    """What a draft has normalised before it was sent arrives with rounding errors only."""
+    total = sum(weights)
+    probs = tuple(struct.unpack("f", struct.pack("f", weight / total))[0] for weight in weights)
+    loop = Loop(started(), SamplingParams(rule=AcceptanceRule.REJECTION), vocabulary_size=80)
+    ask = loop.propose(1)
+    q = SparseDistribution(tuple(range(len(probs))), probs)
+    assert loop.verify(ask, proposal(ask, [0], draft_probs=(q,))).draft_probs == (q,)
+
+
+def next_turn(loop, target, prompt, params=None, **changes):
+    params = params or SamplingParams()
+    kept = target.extend(prompt, params)
+    answer = Started("s", tuple(target.log[kept:]), kept, len(target.log), 7, 1024)
+    return Loop(replace(answer, **changes), params, last=loop)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=8), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 9), min_size=1),
+    count=st.integers(1, 12),
+)
+def test_a_turn_goes_on_behind_the_last_one(prompts, lengths, count):
+    """The log is everything so far, the output the target's continuation of it, and no round comes twice."""
+    params = SamplingParams(max_new_tokens=count)
+    target, loop, log, rounds = Target(list(PROMPT), params), Loop(started(), params), list(PROMPT), []
+    for prompt in (None, *prompts):
+        if prompt is not None:
+            loop = next_turn(loop, target, prompt, params)
+            log += prompt
+        assert (loop.token_ids, loop.prompt_length) == (log, len(log))
+        assert (loop.tokens, loop.finish_reason, loop.accepted) == ([], None, 0)
+        while loop.finish_reason is None:
+            length = lengths[loop.round % len(lengths)]
+            block, _ = one_round(loop, target, continuation(loop.token_ids, length)[: loop.limit])
+            rounds.append(block.round)
+        assert [token.id for token in loop.tokens] == continuation(log, count)
+        log += [token.id for token in loop.tokens]
+    assert len(set(rounds)) == len(rounds)
+
+
+def test_a_conversation_may_be_rendered_otherwise_than_it_was_generated():
+    """What the target says from position cached_tokens on replaces what stood there."""
+    said = [{"role": "user", "content": "a"}]
+    target = Target.of(said, SamplingParams())
+    loop = Loop(started(target.log), SamplingParams())
+    one_round(loop, target, continuation(loop.token_ids, 3))
+    generated = list(loop.token_ids)
+    loop = next_turn(loop, target, [{"role": "user", "content": "b"}])
+    assert loop.token_ids == target.log
+    assert loop.token_ids[: len(generated)] != generated
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"length": 4},
+        {"length": 6},
+        {"cached_tokens": 2},
+        {"cached_tokens": 5, "length": 7},
+        {"cached_tokens": 99, "length": 5},
+        {"prompt_token_ids": ()},
+    ],
+)
+def test_a_turn_that_starts_elsewhere_is_refused(wrong):
+    """More tokens that stay than there are, or a length that is not theirs and the new ones'."""
+    loop, target = Loop(started(), SamplingParams()), Target(list(PROMPT), SamplingParams())
+    one_round(loop, target, [])
+    with pytest.raises(ProtocolError):
+        next_turn(loop, target, [9], **wrong)
 
 
 def lie(**changes):
@@ -225,3 +338,5 @@ def test_a_session_that_starts_elsewhere_is_refused():
         Loop(replace(started(), length=9), SamplingParams())
     with pytest.raises(ProtocolError):
         Loop(Started("s", (), 0, 0, 7, 10), SamplingParams())
+    with pytest.raises(ProtocolError):
+        Loop(replace(started(), cached_tokens=2, length=5), SamplingParams())

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from specpair import DeadlineError, SamplingParams, SyncSpeculativeClient
+from specpair import DeadlineError, SamplingParams, SyncSpeculativeClient, UnavailableError
 
 from .fakes import FakeDraft, FakeTarget, continuation
 
@@ -36,6 +36,38 @@ def test_the_result_is_the_async_one():
         assert opened.healthy() == (True, True)
         assert opened.tokenize("a") == (97 % 50,)
         assert opened.detokenize([1]) == "<1>"
+
+
+def test_a_session_is_the_async_one():
+    """Turns on one stream, whole and in pieces; leaving the block ends it."""
+    target, draft = FakeTarget(), FakeDraft()
+    with client(target, draft) as opened:
+        with opened.session() as session:
+            first = session.generate(PROMPT, PARAMS)
+            with session.stream((7,), PARAMS) as stream:
+                chunks = list(stream)
+            assert stream.result.tokens == tuple(token for chunk in chunks for token in chunk.tokens)
+            assert list(stream.result.token_ids) == continuation((*PROMPT, *first.token_ids, 7), 20)
+            assert stream.stats.cached_tokens == len(PROMPT) + 19
+            assert session.token_ids == stream.result.prompt_token_ids + stream.result.token_ids
+        assert [call.finished for call in target.streams + draft.streams] == [True, True]
+        with pytest.raises(UnavailableError, match="it was closed"):
+            session.generate((7,), PARAMS)
+        with opened.session() as session:
+            stream = session.stream(PROMPT, PARAMS)
+            next(stream)
+            stream.close()
+            with pytest.raises(UnavailableError, match="a turn was left before its end"):
+                session.generate((7,), PARAMS)
+        session = opened.session()
+    session.close()
+
+
+def test_explanations_are_the_async_ones():
+    """One position for each proposed id, and one behind them."""
+    with client() as opened:
+        explained = opened.explain(PROMPT, continuation(PROMPT, 2))
+        assert [one.accepted for one in explained] == [True, True, False]
 
 
 def test_leaving_a_stream_ends_its_calls():

@@ -14,6 +14,8 @@ from specpair.messages import (
     DraftAsk,
     DraftStart,
     DraftStarted,
+    Explain,
+    Extend,
     Phase,
     Proposal,
     SparseDistribution,
@@ -22,7 +24,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import AcceptanceRule, SamplingParams
-from specpair.results import FinishReason, Logprobs, Source
+from specpair.results import FinishReason, Logprobs, PositionExplanation, Source
 from specpair.v1 import common_pb2, draft_pb2, target_pb2
 
 EVERYTHING = SamplingParams(
@@ -48,7 +50,8 @@ EVERYTHING = SamplingParams(
 def test_every_parameter_reaches_the_target():
     """Each field of SamplingParams has its place in both requests that start a generation."""
     start = Start("text", EVERYTHING, (1, 2))
-    for message in (wire.start_request(start).start, wire.generate_request(start)):
+    extend = wire.verify_request(Extend("text", EVERYTHING)).extend
+    for message in (wire.verify_request(start).start, wire.generate_request(start), extend):
         sampling = message.sampling
         for field in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"):
             assert getattr(sampling, field) == getattr(EVERYTHING, field)
@@ -60,14 +63,14 @@ def test_every_parameter_reaches_the_target():
         assert list(message.stop.stop_token_ids) == [3, 5]
         assert message.stop.ignore_eos
         assert (message.logprobs.enabled, message.logprobs.top_n) == (True, 4)
-        assert list(message.committed_token_ids) == [1, 2]
+        assert message is extend or list(message.committed_token_ids) == [1, 2]
         assert message.prompt.text == "text"
-    assert wire.draft_start_request(DraftStart((1,), EVERYTHING)).start.sampling == sampling
+    assert wire.propose_request(DraftStart((1,), EVERYTHING)).start.sampling == sampling
 
 
 def test_what_is_not_given_is_not_sent():
     """None leaves the choice to the server: no field is present, 0 is not sent in its place."""
-    start = wire.start_request(Start("text", SamplingParams())).start
+    start = wire.verify_request(Start("text", SamplingParams())).start
     assert start.sampling.ListFields() == []
     assert start.stop.ListFields() == []
     assert not start.HasField("logprobs")
@@ -99,8 +102,11 @@ def test_what_cannot_be_sent_is_named(params, field):
     """A value that its field cannot hold is refused with the path that the target would use."""
     start = Start((1,), SamplingParams(**params))
     with pytest.raises(InvalidRequestError) as refused:
-        wire.start_request(start)
+        wire.verify_request(start)
     assert refused.value.field == f"start.{field}"
+    with pytest.raises(InvalidRequestError) as refused:
+        wire.verify_request(Extend((1,), SamplingParams(**params)))
+    assert refused.value.field == f"extend.{field}"
     with pytest.raises(InvalidRequestError) as refused:
         wire.generate_request(start)
     assert refused.value.field == field
@@ -139,15 +145,53 @@ def test_the_three_kinds_of_prompts():
 def test_blocks_and_asks():
     """Every field arrives; position 0 and id 0 are sent like others."""
     q = SparseDistribution((3, 4), (0.5, 0.5))
-    block = wire.block_request(Block(7, 5, 0, (3,), Source.NGRAM, (q,))).block
+    block = wire.verify_request(Block(7, 5, 0, (3,), Source.NGRAM, (q,))).block
     assert (block.round, block.base_length, block.last_token_id, list(block.token_ids)) == (7, 5, 0, [3])
     assert block.HasField("last_token_id")
     assert block.source == common_pb2.SOURCE_NGRAM
     assert list(block.draft_probs[0].token_ids) == [3, 4]
-    ask = wire.ask_request(DraftAsk(7, 5, (1, 2), 4)).ask
+    ask = wire.propose_request(DraftAsk(7, 5, (1, 2), 4)).ask
     assert (ask.round, ask.from_position, list(ask.token_ids), ask.max_tokens) == (7, 5, [1, 2], 4)
-    start = wire.draft_start_request(DraftStart((1, 2), SamplingParams(), Source.NGRAM, "s")).start
+    start = wire.propose_request(DraftStart((1, 2), SamplingParams(), Source.NGRAM, "s")).start
     assert (list(start.token_ids), start.proposer, start.session_id) == ([1, 2], common_pb2.SOURCE_NGRAM, "s")
+
+
+def test_explanations():
+    """The question arrives as it was put, the answer position by position; what is not known stays None."""
+    q = SparseDistribution((3, 4), (0.5, 0.5))
+    request = wire.explain_request(Explain("text", EVERYTHING, [3], (q,)))
+    assert (request.prompt.text, list(request.token_ids), list(request.draft_probs[0].probs)) == (
+        "text",
+        [3],
+        [0.5, 0.5],
+    )
+    assert request.sampling == wire.generate_request(Start("text", EVERYTHING)).sampling
+    for question, field in (
+        (Explain(5, SamplingParams(), ()), "prompt"),
+        (Explain("", SamplingParams(), (1, -1)), "token_ids[1]"),
+        (Explain("", SamplingParams(), 5), "token_ids"),
+        (Explain("", SamplingParams(top_k=-1), ()), "sampling.top_k"),
+    ):
+        with pytest.raises(InvalidRequestError) as refused:
+            wire.explain_request(question)
+        assert refused.value.field == field
+    positions = [
+        target_pb2.PositionExplanation(
+            position=5,
+            proposed_token_id=0,
+            target_token_id=3,
+            target_prob=0.25,
+            draft_prob=0.5,
+            top2_margin=1.5,
+            accepted=True,
+            reason="why",
+        ),
+        target_pb2.PositionExplanation(position=6, target_token_id=4, target_prob=0.75, top2_margin=2.5),
+    ]
+    assert wire.explain_response(target_pb2.ExplainVerifyResponse(positions=positions)) == (
+        PositionExplanation(5, 0, 3, 0.25, 0.5, 1.5, True, "why"),
+        PositionExplanation(6, None, 4, 0.75, None, 2.5, False, ""),
+    )
 
 
 def test_responses():
@@ -241,7 +285,7 @@ def test_model_info():
 def test_anything_a_caller_may_give_is_sent_or_named(params):
     """Whatever stands in the parameters, either a message comes out or an error with a field."""
     try:
-        field = wire.start_request(Start((1,), params)).WhichOneof("message")
+        field = wire.verify_request(Start((1,), params)).WhichOneof("message")
     except InvalidRequestError as refused:
         field = refused.field
     assert field.startswith("start")

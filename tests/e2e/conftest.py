@@ -10,6 +10,9 @@ import pytest
 from .drafts import FakeDraft, liar
 from .processes import DEMO, Service
 
+_tokenizer = json.loads((DEMO / "target" / "tokenizer.json").read_text())
+VOCABULARY = 1 + max(*_tokenizer["model"]["vocab"].values(), *(added["id"] for added in _tokenizer["added_tokens"]))
+
 # Positions of the two targets' slots. The first is short, so that prompts reach its end; the draft's are in between.
 FP32_LENGTH = 320
 BF16_LENGTH = 512
@@ -21,17 +24,19 @@ _services = pytest.StashKey()
 
 @pytest.fixture(scope="session")
 def launch(request, tmp_path_factory):
-    """Starts services: `launch(module, *flags)`. All of them end with the session."""
+    """Starts services: `launch("target", *flags)`. All of them end with the session."""
     services = request.config.stash[_services] = []
     logs = tmp_path_factory.mktemp("services")
 
-    def start(module, *flags, **options):
-        service = Service(module, logs / f"{len(services)}-{module}.log", *flags, **options)
+    def start(role, *flags, **options):
+        service = Service(role, logs / f"{len(services)}-{role}.log", *flags, **options)
         services.append(service)
         return service
 
     yield start
     failures = []
+    for service in services:
+        service.ask_to_stop()
     for service in services:
         try:
             service.stop()
@@ -48,7 +53,7 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         for service in item.config.stash.get(_services, ()):
             noteworthy = [line for line in service.text.splitlines() if '"level": "info"' not in line]
-            report.sections.append((f"log of {service.module} [{service.process.pid}]", "\n".join(noteworthy[-25:])))
+            report.sections.append((f"log of {service.role} [{service.process.pid}]", "\n".join(noteworthy[-25:])))
     return report
 
 
@@ -73,14 +78,13 @@ class Pair:
 @pytest.fixture(scope="session")
 def draft(launch):
     """The demo draft."""
-    return launch("specpair_draft", f"--model={DEMO / 'draft'}", "--slots=16", f"--max-length={FP32_LENGTH}")
+    return launch("draft", f"--model={DEMO / 'draft'}", "--slots=16", f"--max-length={FP32_LENGTH}")
 
 
 @pytest.fixture(scope="session")
 def liar_draft():
     """A draft service that lies at random and breaks in the end."""
-    vocabulary = json.loads((DEMO / "target" / "config.json").read_text())["vocab_size"]
-    fake = FakeDraft(liar(vocabulary))
+    fake = FakeDraft(liar(VOCABULARY))
     yield fake
     fake.stop()
 
@@ -88,15 +92,13 @@ def liar_draft():
 @pytest.fixture(scope="session")
 def fp32_target(launch):
     """The demo target in fp32, with 4 slots."""
-    return launch(
-        "specpair_target", f"--model={DEMO / 'target'}", "--dtype=fp32", "--slots=4", f"--max-length={FP32_LENGTH}"
-    )
+    return launch("target", f"--model={DEMO / 'target'}", "--dtype=fp32", "--slots=4", f"--max-length={FP32_LENGTH}")
 
 
 @pytest.fixture(scope="session")
 def bf16_target(launch):
     """The demo target as it is shipped, with 8 slots."""
-    return launch("specpair_target", f"--model={DEMO / 'target'}", "--slots=8", f"--max-length={BF16_LENGTH}")
+    return launch("target", f"--model={DEMO / 'target'}", "--slots=8", f"--max-length={BF16_LENGTH}")
 
 
 @pytest.fixture
@@ -163,9 +165,10 @@ def reference(fp32_target):  # starts while this one loads
 def prompts(reference, heldout):
     """Token ids of held-out prompts, from one token to all but a few positions of an fp32 slot."""
     texts = [reference.ids(text) for text in heldout]
-    whole = list({len(ids): ids for ids in texts if len(ids) <= FP32_LENGTH - 32}.values())
-    random.Random(1).shuffle(whole)
     long = [token for ids in texts for token in ids]
     cuts = [long[7 * n : 8 * n] for n in (1, 2, 3, 5, 8, 9, 13, 31, 64, 129)]
     edges = [long[-n:] for n in (255, 256, 257, 296)]
-    return [tuple(ids) for ids in (*cuts, *edges, *whole[:10])]
+    lengths = {len(ids) for ids in (*cuts, *edges)}
+    whole = {len(ids): ids for ids in texts if len(ids) < FP32_LENGTH - 32 and len(ids) not in lengths}
+    some = random.Random(1).sample(list(whole.values()), 10)
+    return [tuple(ids) for ids in (*cuts, *edges, *some)]

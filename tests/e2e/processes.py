@@ -31,6 +31,11 @@ def environment(**extra):
     return {**inherited, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
+def script(name):
+    """A command that the installation provides."""
+    return Path(sys.executable).with_name(name)
+
+
 def wait_for(condition, within, what):
     """Waits until `condition()` is true and returns its value; fails after `within` seconds."""
     deadline = time.monotonic() + within
@@ -52,10 +57,10 @@ def leftovers(group):
 class Service:
     """One service process. It starts at once; whatever needs its address waits until it is healthy."""
 
-    def __init__(self, module, log, *flags, listen=True, env=None):
-        self.module = module
+    def __init__(self, role, log, *flags, listen=True, env=None):
+        self.role = role
         self.log = Path(log)
-        command = [sys.executable, "-m", module, "--log-format=json", *flags]
+        command = [script(f"specpair-{role}"), "--log-format=json", *flags]
         if listen:
             command += ["--listen=127.0.0.1:0", "--threads=1"]
         with self.log.open("wb") as output:
@@ -74,9 +79,9 @@ class Service:
     def address(self):
         """HOST:PORT of the healthy service."""
         if self._address is None:
-            address = wait_for(self._listening, _START, f"{self.module} listening")
+            address = wait_for(self._listening, _START, f"{self.role} listening")
             self._channel = grpc.insecure_channel(address)
-            wait_for(self._healthy, _START, f"{self.module} healthy")
+            wait_for(self._healthy, _START, f"{self.role} healthy")
             self._address = address
         return self._address
 
@@ -103,7 +108,7 @@ class Service:
 
     def info(self):
         """ModelInfo, now."""
-        if self.module == "specpair_target":
+        if self.role == "target":
             stub = target_pb2_grpc.TargetServiceStub(self.channel)
             return stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=_CALL).info
         stub = draft_pb2_grpc.DraftServiceStub(self.channel)
@@ -111,7 +116,7 @@ class Service:
 
     def wait_until_free(self, within=2.0):
         """Waits until no slot is in use."""
-        wait_for(lambda: self.info().slots_in_use == 0, within, f"every slot of {self.module} free")
+        wait_for(lambda: self.info().slots_in_use == 0, within, f"every slot of {self.role} free")
 
     def send(self, number):
         """Sends a signal to the process."""
@@ -121,20 +126,24 @@ class Service:
         """Exit status of a process that is about to end."""
         return self.process.wait(within)
 
-    def stop(self):
-        """Ends the process as an operator would, and makes sure that nothing is left of it. Returns its exit status."""
+    def ask_to_stop(self):
+        """Ends the process as an operator would; `wait` waits for it."""
         if self._channel is not None:
             self._channel.close()
+        if self.alive:
+            self.send(signal.SIGCONT)
+            self.send(signal.SIGTERM)
+
+    def stop(self):
+        """Ends the process and makes sure that nothing is left of it. Returns its exit status."""
+        self.ask_to_stop()
         try:
-            if self.alive:
-                self.send(signal.SIGCONT)
-                self.send(signal.SIGTERM)
             return self.wait()
         finally:
             if self.alive:
                 self.process.kill()
                 self.process.wait()
-            assert not leftovers(self.process.pid), f"{self.module} left processes behind"
+            assert not leftovers(self.process.pid), f"{self.role} left processes behind"
 
     def _listening(self):
         self._check()
@@ -149,7 +158,7 @@ class Service:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def _check(self):
-        assert self.alive, f"{self.module} ended with status {self.process.returncode}:\n{self.text}"
+        assert self.alive, f"{self.role} ended with status {self.process.returncode}:\n{self.text}"
 
 
 def run(work, within=180):

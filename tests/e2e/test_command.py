@@ -7,16 +7,15 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from specpair import SamplingParams, SpeculativeClient
 
-from .processes import DEMO, environment, leftovers, run, wait_for
+from .processes import DEMO, environment, leftovers, run, script, wait_for
 
-SPECPAIR = Path(sys.executable).with_name("specpair")
+SPECPAIR = script("specpair")
 TEXT = "import os\nimport sys\n\n\ndef main():\n    "
 TOKENS = 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import time
@@ -37,12 +38,12 @@ def expected(bf16_target, prompt):
 
 @pytest.fixture(scope="module")
 def victim(launch):
-    """Returns a draft service that may be stopped, hung and killed: the last one if it still lives."""
+    """Returns a draft service that may be hung and killed: the last one if it still lives."""
     victims = []
 
     def living():
         if not victims or not victims[-1].alive:
-            victims.append(launch("specpair_draft", f"--model={DEMO / 'draft'}", "--slots=2"))
+            victims.append(launch("draft", f"--model={DEMO / 'draft'}", "--slots=2"))
             assert victims[-1].address
         return victims[-1]
 
@@ -54,7 +55,7 @@ def foreign_draft(launch, tmp_path_factory):
     """A draft service with a tiny model and another tokenizer."""
     directory = tmp_path_factory.mktemp("foreign")
     _make_foreign_model(directory)
-    return launch("specpair_draft", f"--model={directory}", "--slots=1")
+    return launch("draft", f"--model={directory}", "--slots=1")
 
 
 def check_lost(result, reason, at_least=1):
@@ -75,7 +76,7 @@ async def generate_with_an_accident(client, prompt, params, accident, after):
             if chunks <= after:
                 before += len(chunk.tokens)
             if chunks == after:
-                accident()
+                await accident()
     assert chunks > after + 2, "the accident came too late to matter"
     check_lost_tokens(stream.result, before)
     return stream.result
@@ -91,35 +92,17 @@ def check_lost_tokens(result, before):
 class TestLostUnderWay:
     """A draft that is lost in the middle of a generation."""
 
-    @pytest.mark.parametrize("params", [PARAMS, SAMPLED], ids=["greedy", "sampled"])
-    def test_killed(self, bf16, victim, prompt, expected, params):
-        """Its process is killed: n-gram from there on."""
-        draft = victim()
-
-        async def check():
-            async with SpeculativeClient(bf16.target.address, draft.address, draft_length=1) as client:
-                result = await generate_with_an_accident(
-                    client, prompt, params, lambda: draft.send(signal.SIGKILL), after=3
-                )
-                assert result.token_ids == expected[params]
-                check_lost(result, "draft lost", at_least=4)
-                again = await client.generate(prompt, params)
-                assert again.token_ids == expected[params]
-                check_lost(again, "draft unreachable")
-
-        run(check())
-        assert draft.wait() == -signal.SIGKILL
-
     def test_hangs_and_comes_back(self, bf16, victim, prompt, expected):
         """Its process stands still: n-gram after the round's time limit. Awake again, it is used again and is free."""
         draft = victim()
 
+        async def stop():
+            draft.send(signal.SIGSTOP)
+
         async def check():
             address = (bf16.target.address, draft.address)
             async with SpeculativeClient(*address, draft_length=1, draft_timeout=1.0, connect_timeout=1.0) as client:
-                result = await generate_with_an_accident(
-                    client, prompt, PARAMS, lambda: draft.send(signal.SIGSTOP), after=3
-                )
+                result = await generate_with_an_accident(client, prompt, PARAMS, stop, after=3)
                 assert result.token_ids == expected[PARAMS]
                 check_lost(result, "no proposal within", at_least=4)
                 again = await client.generate(prompt, PARAMS)
@@ -134,6 +117,33 @@ class TestLostUnderWay:
 
         run(check())
         draft.wait_until_free()
+
+    def test_killed(self, bf16, victim, prompt, expected):
+        """Its process is killed under two sessions, one greedy and one sampled: n-gram from there on."""
+        draft = victim()
+        both = (PARAMS, SAMPLED)
+
+        async def check():
+            async with SpeculativeClient(bf16.target.address, draft.address, draft_length=1) as client:
+                arrived = asyncio.Barrier(len(both))
+
+                async def accident():
+                    await arrived.wait()
+                    if draft.alive:
+                        draft.send(signal.SIGKILL)
+
+                results = await asyncio.gather(
+                    *(generate_with_an_accident(client, prompt, params, accident, after=3) for params in both)
+                )
+                for params, result in zip(both, results, strict=True):
+                    assert result.token_ids == expected[params]
+                    check_lost(result, "draft lost", at_least=4)
+                    again = await client.generate(prompt, params)
+                    assert again.token_ids == expected[params]
+                    check_lost(again, "draft unreachable")
+
+        run(check())
+        assert draft.wait() == -signal.SIGKILL
 
     def test_never_answers_a_round(self, bf16, prompt, expected):
         """A service that is there and stops answering, from the first round or from the third."""

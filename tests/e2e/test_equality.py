@@ -185,9 +185,10 @@ class TestBf16EqualsItself:
     @pytest.mark.parametrize("length", [0, *LENGTHS, None])
     @pytest.mark.parametrize("kind", PROPOSERS)
     def test_any_proposer_and_draft_length(self, bf16, jobs, alone, kind, length):
-        """With a model draft, prompt lookup and a liar, at every draft length."""
-        results = run(generate_all(bf16(kind), jobs, at_once=3, draft_length=length))
-        assert [result.token_ids for result in results] == alone
+        """With a model draft at every draft length on every job; with the others on every second one."""
+        some = slice(None) if kind == "model" else slice((length or 0) % 2, None, 2)
+        results = run(generate_all(bf16(kind), jobs[some], at_once=3, draft_length=length))
+        assert [result.token_ids for result in results] == alone[some]
         for result in results:
             check_provenance(result)
 

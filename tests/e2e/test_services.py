@@ -7,9 +7,7 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import grpc
@@ -28,6 +26,8 @@ from specpair import (
     UnavailableError,
 )
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from specpair_draft.config import DraftConfig
+from specpair_target.config import TargetConfig
 
 from .drafts import prophet, serving
 from .processes import DEMO, environment, leftovers, run
@@ -130,7 +130,7 @@ def configured(launch, tmp_path_factory, ending):
     def living():
         if not started or not started[-1].alive:
             env = {f"SPECPAIR_TARGET_{name}": value for name, value in settings.items()}
-            started.append(launch("specpair_target", "--slots=3", listen=False, env=env))
+            started.append(launch("target", "--slots=3", listen=False, env=env))
         return started[-1]
 
     return living
@@ -229,7 +229,7 @@ class TestNgramService:
 
     @pytest.fixture
     def service(self, launch):
-        return launch("specpair_draft", "--proposer=ngram")
+        return launch("draft", "--proposer=ngram")
 
     def test_life(self, service, bf16, prompts):
         """It proposes to a target of any vocabulary, keeps the tokens, and drains like the others."""
@@ -284,38 +284,36 @@ class TestNgramService:
         run(check())
 
 
-def test_help():
+@pytest.mark.parametrize(
+    ("config", "address", "own"),
+    [
+        (TargetConfig, "127.0.0.1:50051", "[default: 8; SPECPAIR_TARGET_VERIFY_WIDTH]"),
+        (DraftConfig, "127.0.0.1:50052", "[default: model; SPECPAIR_DRAFT_PROPOSER]"),
+    ],
+)
+def test_help(config, address, own, capsys, monkeypatch):
     """`--help` of both services names every flag with its default and its environment variable."""
-    services = {"target": "127.0.0.1:50051", "draft": "127.0.0.1:50052"}
-    helps = {
-        name: subprocess.Popen(
-            [Path(sys.executable).with_name(f"specpair-{name}"), "--help"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(COLUMNS="200"),
-        )
-        for name in services
-    }
-    for name, process in helps.items():
-        text, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        prefix = f"SPECPAIR_{name.upper()}_"
-        for default, variable in (
-            (services[name], "LISTEN"),
-            ("bf16", "DTYPE"),
-            ("4", "SLOTS"),
-            ("2048", "MAX_LENGTH"),
-            ("none", "QUANTIZATION"),
-            ("sdpa", "ATTN_IMPLEMENTATION"),
-            ("auto", "COMPILE"),
-            ("auto", "LOG_FORMAT"),
-        ):
-            assert f"[default: {default}; {prefix}{variable}]" in text
-            assert f"--{variable.lower().replace('_', '-')} " in text
-        assert f"{prefix}MODEL]" in text
-        assert f"{prefix}THREADS]" in text
-        assert (f"[default: 8; {prefix}VERIFY_WIDTH]" in text) == (name == "target")
-        assert (f"[default: model; {prefix}PROPOSER]" in text) == (name == "draft")
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        config.parse(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    prefix = config.model_config["env_prefix"]
+    for default, variable in (
+        (address, "LISTEN"),
+        ("bf16", "DTYPE"),
+        ("4", "SLOTS"),
+        ("2048", "MAX_LENGTH"),
+        ("none", "QUANTIZATION"),
+        ("sdpa", "ATTN_IMPLEMENTATION"),
+        ("auto", "COMPILE"),
+        ("auto", "LOG_FORMAT"),
+    ):
+        assert f"[default: {default}; {prefix}{variable}]" in text
+        assert f"--{variable.lower().replace('_', '-')} " in text
+    assert f"{prefix}MODEL]" in text
+    assert f"{prefix}THREADS]" in text
+    assert own in text
 
 
 class TestBufCurl:
@@ -385,10 +383,18 @@ def _objects(text):
 
 
 def test_loopback_only(bf16):
-    """The services listen on 127.0.0.1 unless told otherwise: no other address of this machine answers."""
-    host = socket.gethostbyname(socket.gethostname())
-    if host.startswith("127."):
-        pytest.skip("this machine has no other address by name")
-    port = int(bf16.target.address.rpartition(":")[2])
-    with pytest.raises(OSError, match=r"refused|timed out"):
-        socket.create_connection((host, port), timeout=2)
+    """The services listen where they are told to and nowhere else."""
+    for service in (bf16.target, bf16.draft):
+        port = int(service.address.rpartition(":")[2])
+        addresses = {*_listening("/proc/net/tcp", port), *_listening("/proc/net/tcp6", port)}
+        assert addresses
+        assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+def _listening(table, port):
+    """Local addresses, as the kernel writes them, on which someone listens on a port."""
+    for line in Path(table).read_text().splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        address, _, number = local.partition(":")
+        if state == "0A" and int(number, 16) == port:
+            yield address

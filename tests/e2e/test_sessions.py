@@ -13,7 +13,7 @@ from specpair.v1 import common_pb2, target_pb2
 from .processes import run
 from .sessions import APPLIED, STALE, RawSession, ids_prompt, target_stub
 
-TOKENS = 24
+TOKENS = 20
 SAMPLING = [
     common_pb2.SamplingParams(max_new_tokens=TOKENS),
     common_pb2.SamplingParams(max_new_tokens=TOKENS, temperature=0.9, top_p=0.95, seed=9),
@@ -57,7 +57,7 @@ class TestGenerate:
                 ignore_eos=True,
             )
             async with target_stub(bf16.target.address) as stub, SpeculativeClient(*bf16("model")) as pair:
-                for prompt in (prompts[0], prompts[8], prompts[10], prompts[14]):
+                for prompt in (prompts[0], prompts[8], prompts[10]):
                     ids, texts = await generate(stub, prompt, sampling=sampling, stop=ON)
                     session = await RawSession.open(stub, prompt, sampling=sampling, stop=ON)
                     assert await session.run() == ids
@@ -187,9 +187,9 @@ class TestResume:
 
         async def check():
             async with target_stub(bf16.target.address) as stub:
-                for prompt in (prompts[0], prompts[7], prompts[10], prompts[13]):
+                for prompt in (prompts[0], prompts[10], prompts[13]):
                     ids, texts = await generate(stub, prompt, sampling=sampling, stop=ON)
-                    for cut in (1, *chance.sample(range(2, TOKENS - 1), 2), TOKENS - 1):
+                    for cut in (1, chance.randrange(2, TOKENS - 1), TOKENS - 1):
                         session = await RawSession.open(stub, prompt, ids[:cut], sampling=sampling, stop=ON)
                         while not session.finish_reason:
                             told = [*ids, 0][cut + len(session.output) :][: chance.randrange(8)]

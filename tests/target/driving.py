@@ -13,6 +13,7 @@ import torch
 from specpair.v1.common_pb2 import FinishReason
 from specpair_runtime.sampling.params import SamplingParams
 from specpair_target.engine import Engine
+from specpair_target.prompts import Prompt
 from specpair_target.sessions import Session, TurnOptions
 
 from ..tiny import VOCABULARY
@@ -87,7 +88,7 @@ def sampled(max_new_tokens: int, **params: object) -> TurnOptions:
 async def open_session(
     engine: Engine, prompt: Sequence[int], options: TurnOptions, committed: Sequence[int] = ()
 ) -> Session:
-    return await engine.open(prompt, committed, options, committed_field="committed", patience=None)
+    return await engine.open(Prompt(list(prompt)), committed, options, committed_field="committed", patience=None)
 
 
 async def round_of(engine: Engine, session: Session, proposal: Sequence[int], output: Output) -> None:
@@ -139,7 +140,7 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Runs to the end, within a time that no test needs."""
 
     async def limited() -> Result:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(60):
             return await coroutine
 
     return asyncio.run(limited())

@@ -5,10 +5,39 @@ from __future__ import annotations
 import pytest
 
 from ..tiny import FAMILIES, random_ids
-from .driving import PROPOSERS, greedy, run, speak, together
+from .driving import PROPOSERS, greedy, speak, together
 
 # One token, around a block, around a chunk of prefill, around the first attended length of 256, and beyond.
-LENGTHS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 31, 32, 33, 34, 48, 64, 65, 97, 128, 150, 200, 232, 239, 247, 250, 255, 256, 257, 300)
+LENGTHS = (
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    31,
+    32,
+    33,
+    34,
+    48,
+    64,
+    65,
+    97,
+    128,
+    150,
+    200,
+    232,
+    239,
+    247,
+    250,
+    255,
+    256,
+    257,
+    300,
+)
 PROMPTS = [random_ids(length) for length in LENGTHS]
 NEW = 18
 

@@ -41,7 +41,8 @@ class _AcceptanceRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Accept
     """
     ACCEPTANCE_RULE_REJECTION: _AcceptanceRule.ValueType  # 2
     """Accept with probability min(1, target/draft), draw from the residual on rejection. Promises the target's
-    distribution, not the same draw for every proposer. Needs `Block.draft_probs`.
+    distribution, not the same draw for every proposer, and that only of a draft that names the probabilities it
+    sampled with: see `Block.draft_probs`.
     """
 
 class AcceptanceRule(_AcceptanceRule, metaclass=_AcceptanceRuleEnumTypeWrapper):
@@ -55,7 +56,8 @@ alone; a proposal is accepted if and only if it equals that choice. The output d
 """
 ACCEPTANCE_RULE_REJECTION: AcceptanceRule.ValueType  # 2
 """Accept with probability min(1, target/draft), draw from the residual on rejection. Promises the target's
-distribution, not the same draw for every proposer. Needs `Block.draft_probs`.
+distribution, not the same draw for every proposer, and that only of a draft that names the probabilities it
+sampled with: see `Block.draft_probs`.
 """
 Global___AcceptanceRule: _TypeAlias = AcceptanceRule  # noqa: Y015
 
@@ -73,7 +75,7 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     SOURCE_NGRAM: _Source.ValueType  # 3
     """Prompt lookup: the continuation of an earlier occurrence of the last n tokens."""
     SOURCE_PREDICTION: _Source.ValueType  # 4
-    """The caller's own predicted output."""
+    """The caller's own predicted output. Not carried out yet."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper):
     """Who proposed a token."""
@@ -86,7 +88,7 @@ SOURCE_MODEL: Source.ValueType  # 2
 SOURCE_NGRAM: Source.ValueType  # 3
 """Prompt lookup: the continuation of an earlier occurrence of the last n tokens."""
 SOURCE_PREDICTION: Source.ValueType  # 4
-"""The caller's own predicted output."""
+"""The caller's own predicted output. Not carried out yet."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 class _FinishReason:
@@ -186,7 +188,7 @@ class SamplingParams(_message.Message):
     rule: Global___AcceptanceRule.ValueType
     """Default: coupled."""
     temperature: _builtins.float
-    """0 is greedy decoding and the default. At most 100."""
+    """0 is greedy decoding and the default. Otherwise between 0.001 and 100."""
     top_k: _builtins.int
     """Keep the k most probable tokens. 0, the default, keeps all."""
     top_p: _builtins.float
@@ -194,7 +196,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Keep tokens at least min_p times as probable as the most probable one, in [0, 1]. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens already seen; above 0. Default 1."""
+    """Divides positive and multiplies negative logits of tokens already seen, in [0.01, 100]. Default 1."""
     presence_penalty: _builtins.float
     """Subtracted from the logit of each token already generated, in [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
@@ -209,7 +211,7 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids."""
+        """Added to the logits of these token ids. At most 1024, each in [-1000, 1000]."""
 
     def __init__(
         self,
@@ -287,7 +289,9 @@ class StopCriteria(_message.Message):
     """Generate through the model's own end-of-sequence ids, for benchmarks."""
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Searched in the generated text, across token and block borders. At most 16, each of 1 to 256 characters."""
+        """Searched in the generated text, across token and block borders; special tokens are no text. At most 16, each of 1
+        to 256 characters.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -336,7 +340,7 @@ Global___LogprobsOptions: _TypeAlias = LogprobsOptions  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """One token and the natural logarithm of its probability."""
+    """One token and the natural logarithm of its probability in the model's own distribution, before any processor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -256,14 +256,17 @@ class Block(_message.Message):
     block is stale too.
     """
     source: _common_pb2.Source.ValueType
-    """Who proposed."""
+    """Who proposed, for information."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The proposed ids, none to verify_width - 1 of them. None: one plain decoding step."""
 
     @_builtins.property
     def draft_probs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.SparseDistribution]:
-        """Rejection rule only: for each proposed id the distribution that it was sampled from."""
+        """Rejection rule only: for each proposed id the distribution that it was sampled from, at most 64 ids each. None at
+        all stands for a proposer that is certain of what it says, as prompt lookup is. A draft that names other
+        probabilities than it sampled with changes the distribution of the output.
+        """
 
     def __init__(
         self,

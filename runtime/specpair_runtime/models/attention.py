@@ -53,6 +53,7 @@ def grouped_sdpa(
     `attention_mask` [batch, 1, rows, positions], additive. Returns [batch, rows, heads, head_dim] and no weights.
     Scores are capped at `softcap` where a model does so (Gemma 2), which SDPA itself cannot.
     """
+    _refuse_sinks(kwargs)
     folded = _fold(query, key)
     mask = attention_mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
     if softcap is None:
@@ -76,6 +77,7 @@ def grouped_flex(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """As `grouped_sdpa`, through FlexAttention, which fuses mask and cap into one kernel when it is compiled."""
+    _refuse_sinks(kwargs)
     rows = query.shape[2]
 
     def masked(
@@ -109,6 +111,7 @@ def flash_over_cache(
     """
     from flash_attn import flash_attn_with_kvcache
 
+    _refuse_sinks(kwargs)
     output: torch.Tensor = flash_attn_with_kvcache(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -120,6 +123,12 @@ def flash_over_cache(
         softcap=softcap or 0.0,
     )
     return output, None
+
+
+def _refuse_sinks(kwargs: dict[str, object]) -> None:
+    # Leaving them out would go unnoticed as long as they are small.
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("it has attention sinks, which eager attention alone computes")
 
 
 def _fold(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +20,10 @@ from specpair_runtime.models.options import (
 )
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
-__all__ = ["LoadOptions", "LoadedModel", "check_causal", "load_config", "load_model"]
+__all__ = ["LoadOptions", "LoadedModel", "check_causal", "check_length", "load_config", "load_model"]
+
+_SERVED_LAYERS = {"full_attention", "sliding_attention"}
+_RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def load_model(options: LoadOptions) -> LoadedModel:
     if own is not None and options.quantization != "none":
         raise ModelLoadError(f"the checkpoint is quantized already: {_method(own)}", field="quantization")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, report = AutoModelForCausalLM.from_pretrained(
             options.model,
             config=config,
             dtype=DTYPES[options.dtype],
@@ -72,14 +77,18 @@ def load_model(options: LoadOptions) -> LoadedModel:
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"cannot load {options.model!r}: {_first_line(error)}", field="model") from error
     except KeyError as error:
         raise ModelLoadError(
             f"{config.model_type} has no attention {options.attn_implementation!r}; try eager",
             field="attn_implementation",
         ) from error
+    if absent := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers.
+        raise ModelLoadError(f"the checkpoint lacks {len(absent)} tensors, {absent[0]} for one", field="model")
     model.eval()
     tokenizer = load_tokenizer(options.model)
     return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options)
@@ -102,10 +111,30 @@ def check_causal(config: PreTrainedConfig) -> None:
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     # A recurrent state cannot be rolled back to an earlier position, as a KV cache can.
-    if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
+    if getattr(model_class, "_is_stateful", False) or layers & _RECURRENT_LAYERS:
         raise ModelLoadError(
             f"{kind} keeps a recurrent state, which cannot be rolled back when proposals are rejected", field="model"
         )
+    if unknown := sorted(layers - _SERVED_LAYERS):
+        raise ModelLoadError(f"{kind} has layers that have no slot cache: {', '.join(unknown)}", field="model")
+
+
+def check_length(config: PreTrainedConfig, max_length: int) -> None:
+    """Raises ModelLoadError for more positions than the model has one set of rotary frequencies for.
+
+    LongRoPE turns all positions of a forward pass differently as soon as one of them is beyond the length of the first
+    training: a token's keys would depend on which sessions and how much padding share its step.
+    """
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # A family may have parameters for each type of layer.
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            most = rope["original_max_position_embeddings"]
+            if max_length > most:
+                raise ModelLoadError(
+                    f"{config.model_type} has other rotary frequencies beyond {most} positions; at most {most}",
+                    field="max_length",
+                )
 
 
 def _check_directory(model: str) -> None:

@@ -53,8 +53,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelLoadError(f"unknown device {name!r}", field="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelLoadError(f"{name!r} is not supported; cpu, cuda or cuda:N are", field="device")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(f"{name!r} is not available: no CUDA device is visible", field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(f"{name!r} is not available: {torch.cuda.device_count()} are visible", field="device")
     return device
 
 

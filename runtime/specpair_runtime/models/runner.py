@@ -124,9 +124,11 @@ class ModelRunner:
     def logits(self, first_slot: int, token_ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
         """Decodes `token_ids` ([batch, rows], int64), row j of slot `first_slot + b` at position `starts[b] + j`.
 
-        `length` is the `bucket` of the sessions that matter. Returns logits of [batch, rows, vocabulary] in the
-        model's dtype, on its device.
+        `length` is the `bucket` of the sessions that matter. A slot whose rows start at 0 is cleared before. Returns
+        logits of [batch, rows, vocabulary] in the model's dtype, on its device.
         """
+        for row in (starts == 0).nonzero()[:, 0].tolist():
+            self._cache.clear(first_slot + row)
         with self._kernels():
             return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
 
@@ -149,7 +151,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Writes the KV of `token_ids` at positions from `start` on, without logits; never compiled."""
+        """Writes the KV of `token_ids` at positions from `start` on, without logits; never compiled.
+
+        The slot is cleared before when `start` is 0.
+        """
+        if start == 0:
+            self._cache.clear(slot)
         ids = torch.tensor([token_ids])
         positions = self._positions(ids, torch.tensor([start]))
         length = self.bucket(start, len(token_ids))

@@ -9,7 +9,7 @@ import torch
 
 from specpair.v1.common_pb2 import PHASE_COMPILING, PHASE_LOADING, PHASE_WARMING_UP
 from specpair_runtime.models.config import ModelConfig
-from specpair_runtime.models.loading import LoadedModel, load_model
+from specpair_runtime.models.loading import LoadedModel, check_length, load_model
 from specpair_runtime.models.runner import ModelRunner
 from specpair_runtime.models.self_check import check_slot_cache
 from specpair_runtime.models.warmup import CompileCounter, warm_up
@@ -37,10 +37,12 @@ def load_serving_model(config: ModelConfig, widths: Sequence[int], status: Servi
         torch.set_num_threads(config.threads)
     status.set(PHASE_LOADING, 0.0, f"loading {config.model}")
     loaded = load_model(config.load_options)
+    max_length = min(config.max_length, loaded.max_positions or config.max_length)
+    check_length(loaded.model.config, max_length)
     runner = ModelRunner(
         loaded.model,
         slots=config.slots,
-        max_length=min(config.max_length, loaded.max_positions or config.max_length),
+        max_length=max_length,
         scratch=max(widths),
         vocabulary=loaded.fingerprint.vocabulary_size,
         compile_=config.compile_options(loaded.model.device.type),

@@ -71,3 +71,10 @@ class SlotCache(Cache):
         self.positions = positions
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[SlotLayer(slots, positions, self.view) for _ in range(layers)])
+
+    def clear(self, slot: int) -> None:
+        """Zeroes a slot. Masked positions have no weight, but no weight times NaN is NaN: none may be left behind."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot].zero_()
+                layer.values[slot].zero_()

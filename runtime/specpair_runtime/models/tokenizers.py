@@ -5,8 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specpair.errors import ModelLoadError
+
+# What a tokenizer is saved as, one way or another.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 __all__ = ["VocabularyFingerprint", "fingerprint", "load_tokenizer"]
 
@@ -23,11 +29,18 @@ class VocabularyFingerprint:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model, or None when there is none: the service then speaks token ids only."""
+    """The tokenizer that lies beside a model, or None when there is none: the service then speaks token ids only.
+
+    Raises ModelLoadError where a package that it needs is missing.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if any((Path(model) / name).exists() for name in _FILES):
+            raise ModelLoadError(f"cannot load the tokenizer of {model!r}: {error}", field="model") from error
         return None
+    except ImportError as error:
+        raise ModelLoadError(f"cannot load the tokenizer: {error}", field="model") from error
     # Where there are no files, some classes make up a tokenizer that knows its special tokens and nothing else.
     return tokenizer if tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys() else None
 
@@ -61,7 +74,9 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         configured = tokenizer.eos_token_id
     if configured is None:
         return ()
-    return tuple(sorted({configured} if isinstance(configured, int) else set(configured)))
+    ids = {configured} if isinstance(configured, int) else set(configured)
+    # Some configs name ids behind the embedding matrix, which can never be chosen.
+    return tuple(sorted(id_ for id_ in ids if 0 <= id_ < model.config.get_text_config(decoder=True).vocab_size))
 
 
 def _sha256(pairs: Iterable[tuple[int, str]]) -> str:

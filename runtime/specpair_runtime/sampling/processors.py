@@ -37,7 +37,7 @@ def _top_k(scores: torch.Tensor, top_k: torch.Tensor, largest_top_k: int) -> tor
 
 
 def _top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    ascending, order = scores.sort(dim=-1)
+    ascending, order = scores.sort(dim=-1, stable=True)
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)[:, None, None]
     # The most probable token always stays, and top_p = 1 means the whole row whatever the rounding of the sum.
     removed[..., -1] = False

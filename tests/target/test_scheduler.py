@@ -1,0 +1,298 @@
+"""The engine thread: whose turn it is, and what one session's misfortune means to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from specpair.errors import InternalError, OverloadedError, UnavailableError
+from specpair_target.scheduler import Scheduler
+from specpair_target.sessions import Session
+from specpair_target.verifier import Verifier
+
+from ..tiny import VOCABULARY, random_ids
+from .driving import PROPOSERS, greedy, nobody, open_session, run, slot_bits, speak, together
+
+NEW = 12
+CHUNK = 32
+LONG = random_ids(10 * CHUNK)
+PROMPTS = [random_ids(length, seed=5) for length in (1, 9, 40, 70)]
+
+
+@pytest.fixture
+def engine(load):
+    """An engine of its own for tests that interfere with it."""
+    return load("llama", slots=4)
+
+
+@pytest.fixture
+def truths(tiny):
+    """What `generate` says to PROMPTS."""
+    return [tiny.reference("llama").greedy(prompt, NEW) for prompt in PROMPTS]
+
+
+def new_session(slot, prompt):
+    return Session(
+        id=str(slot),
+        tokens=list(prompt),
+        prompt_length=len(prompt),
+        max_length=384,
+        options=greedy(),
+        text=None,
+        slot=slot,
+    )
+
+
+class Gate:
+    """Stops the engine thread in front of a call until it is opened."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self._inner = getattr(owner, name)
+        self.reached, self._open = threading.Event(), threading.Event()
+        monkeypatch.setattr(owner, name, self)
+
+    def __call__(self, *args):
+        self.reached.set()
+        assert self._open.wait(30)
+        return self._inner(*args)
+
+    def open(self):
+        self._open.set()
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_prefill_and_steps_take_turns(engine, monkeypatch):
+    """While a long prompt is prefilled a running session gets a step after every chunk, and the chunks go on while
+    that session always has a block in the queue."""
+    scheduler, runner = engine._scheduler, engine.model.runner
+    running, arriving = new_session(0, PROMPTS[1]), new_session(1, LONG)
+    scheduler.prefill(running)
+    events, answers = [], [scheduler.submit(running, ())]
+    answers[0].result(30)
+    prefill, logits = runner.prefill, runner.logits
+
+    def chunk(*args):
+        events.append("chunk")
+        running.commit(answers[-1].result(0).judgement.token_ids)
+        answers.append(scheduler.submit(running, ()))
+        return prefill(*args)
+
+    def step(*args):
+        events.append("step")
+        return logits(*args)
+
+    monkeypatch.setattr(runner, "prefill", chunk)
+    monkeypatch.setattr(runner, "logits", step)
+    scheduler.prefill(arriving)
+    scheduler.submit(arriving, ()).result(30)
+    # The last chunk and the arriving session's own first step may be followed by one step for both.
+    assert events[: 2 * 10] == ["chunk", "step"] * 10
+
+
+def test_blocks_that_wait_share_a_step(engine, monkeypatch, tiny):
+    """Blocks that arrive while the engine is busy go into one step together."""
+    gate = Gate(monkeypatch, engine.model.runner, "logits")
+    sessions = [new_session(slot, random_ids(1, seed=slot)) for slot in range(4)]
+    first = engine._scheduler.submit(sessions[0], ())
+    assert gate.reached.wait(30)
+    others = [engine._scheduler.submit(session, ()) for session in sessions[1:]]
+    gate.open()
+    verifications = [answer.result(30) for answer in (first, *others)]
+    assert [one.batch_sessions for one in verifications] == [1, 3, 3, 3]
+    reference = tiny.reference("llama")
+    for session, one in zip(sessions, verifications, strict=True):
+        assert one.judgement.token_ids == reference.greedy(session.tokens, 1)
+
+
+def test_a_session_that_waits_for_its_prefill_lets_others_pass(engine, truths):
+    """Short sessions that come after a long prompt are done while it is still being prefilled or soon after, and
+    everybody gets what they would get alone."""
+    long = run(speak(engine, LONG, greedy(NEW)))
+    outputs = together(speak(engine, LONG, greedy(NEW)), *(speak(engine, prompt, greedy(NEW)) for prompt in PROMPTS))
+    assert [output.token_ids for output in outputs] == [long.token_ids, *truths]
+
+
+# --- ends --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_sessions_block_is_cancelled(engine, monkeypatch, truths):
+    """A block whose session is closed before its step is never judged, and the engine goes on."""
+    gate = Gate(monkeypatch, engine.model.runner, "prefill")
+    session = new_session(2, LONG)
+    engine._scheduler.prefill(session)
+    answer = engine._scheduler.submit(session, ())
+    assert gate.reached.wait(30)
+    engine._scheduler.close(session)
+    gate.open()
+    with pytest.raises(CancelledError):
+        answer.result(30)
+    assert session.kv_length == CHUNK
+    assert run(speak(engine, PROMPTS[2], greedy(NEW))).token_ids == truths[2]
+
+
+def test_a_caller_that_gives_up_leaves_nothing_behind(engine, monkeypatch, truths):
+    """A cancelled verification neither disturbs the step that it was part of nor keeps its slot."""
+
+    async def give_up():
+        session = await open_session(engine, PROMPTS[0], greedy(NEW))
+        gate = Gate(monkeypatch, engine.model.runner, "logits")
+        task = asyncio.ensure_future(engine.verify(session, ()))
+        await asyncio.to_thread(gate.reached.wait, 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.close(session)
+        engine.close(session)  # a second time does nothing
+        gate.open()
+
+    run(give_up())
+    assert engine.pool.in_use == 0
+    outputs = together(*(speak(engine, prompt, greedy(NEW)) for prompt in PROMPTS))
+    assert [output.token_ids for output in outputs] == truths
+
+
+def test_stopping_fails_what_waits(engine, monkeypatch):
+    """Blocks that wait when the engine stops fail as unavailable, and later ones are refused in the same way."""
+    gate = Gate(monkeypatch, engine.model.runner, "prefill")
+    session = new_session(0, LONG)
+    engine._scheduler.prefill(session)
+    answer = engine._scheduler.submit(session, ())
+    assert gate.reached.wait(30)
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    gate.open()
+    stopping.join(30)
+    with pytest.raises(UnavailableError):
+        answer.result(0)
+    with pytest.raises(UnavailableError):
+        engine._scheduler.submit(session, ())
+    engine.stop()  # a second time does nothing
+
+
+def test_a_scheduler_that_never_started_can_be_stopped(engine):
+    """What was queued fails there too."""
+    scheduler = Scheduler(Verifier(engine.model.runner, 8), prefill_chunk=CHUNK)
+    answer = scheduler.submit(new_session(0, PROMPTS[0]), ())
+    scheduler.stop()
+    assert isinstance(answer.exception(0), UnavailableError)
+
+
+# --- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "reason"),
+    [
+        (RuntimeError("secret details"), InternalError, "ENGINE_FAILED"),
+        (torch.OutOfMemoryError("secret details"), OverloadedError, "OUT_OF_MEMORY"),
+    ],
+    ids=["error", "memory"],
+)
+@pytest.mark.parametrize("call", ["prefill", "logits"])
+def test_a_failing_forward_pass(engine, monkeypatch, truths, call, failure, error, reason):
+    """It fails the sessions of that pass with a reason and without details, and the engine serves the next ones."""
+
+    def fail(*args):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model.runner, call, fail)
+        with pytest.raises(error) as raised:
+            run(speak(engine, PROMPTS[2], greedy(NEW)))
+    assert raised.value.reason == reason
+    assert "secret" not in str(raised.value)
+    assert engine.pool.in_use == 0
+    assert run(speak(engine, PROMPTS[2], greedy(NEW))).token_ids == truths[2]
+
+
+@pytest.fixture
+def poison(engine):
+    """An id whose embedding is not a number: whoever says it has no finite logits from then on."""
+    used = {id_ for prompt in PROMPTS for id_ in prompt}
+    poison = next(id_ for id_ in range(1, VOCABULARY) if id_ not in used)
+    with torch.no_grad():
+        engine.model.loaded.model.get_input_embeddings().weight[poison] = torch.nan
+    return poison
+
+
+@pytest.mark.parametrize("place", [0, 40, -1], ids=["first", "middle", "last"])
+def test_logits_that_are_not_finite_fail_one_session(engine, truths, poison, place):
+    """That session ends with an error that says so; those beside it do not notice, nor does the next one on its slot."""
+    poisoned = list(PROMPTS[3])
+    poisoned[place] = poison
+
+    async def poisoned_session():
+        with pytest.raises(InternalError) as raised:
+            await speak(engine, poisoned, greedy(NEW))
+        return raised.value.reason
+
+    reason, *outputs = together(poisoned_session(), *(speak(engine, prompt, greedy(NEW)) for prompt in PROMPTS[:3]))
+    assert reason == "NON_FINITE_LOGITS"
+    assert [output.token_ids for output in outputs] == truths[:3]
+    for _ in range(2):
+        outputs = together(*(speak(engine, prompt, greedy(NEW)) for prompt in PROMPTS))
+        assert [output.token_ids for output in outputs] == truths
+
+
+def test_a_session_that_broke_before_its_first_block_poisons_no_slot(engine, truths, poison):
+    """Not even a prompt that was prefilled and never judged leaves anything to the next session on its slot."""
+
+    async def abandoned(slot):
+        session = await open_session(engine, [poison, *PROMPTS[3]], greedy(NEW))
+        while not session.prefilled:  # noqa: ASYNC110 - the engine thread tells nobody
+            await asyncio.sleep(0)
+        engine.close(session)
+
+    together(*(abandoned(slot) for slot in range(engine.pool.slots)))
+    assert all((slot_bits(engine, slot) != 0).any() for slot in range(engine.pool.slots))
+    outputs = together(*(speak(engine, prompt, greedy(NEW)) for prompt in PROMPTS))
+    assert [output.token_ids for output in outputs] == truths
+
+
+def test_a_proposal_that_breaks_the_model_is_only_a_bad_proposal(engine, truths, poison):
+    """Proposed ids that have no finite logits are rejected like any others: advice may cost time, not the session."""
+    for prompt, truth in zip(PROMPTS, truths, strict=True):
+        lie = [*truth[:2], poison, poison]
+        said = run(speak(engine, prompt, greedy(NEW), lambda tokens, most, lie=lie: lie[:most]))
+        assert said.token_ids == truth
+
+
+# --- slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_session_writes_into_another_ones_slot(engine):
+    """Steps and prefills of some sessions leave the positions of all others as they are, bit for bit, also where the
+    others' slots lie between theirs and are part of the forward pass."""
+
+    async def undisturbed():
+        idle = [await open_session(engine, prompt, greedy()) for prompt in PROMPTS]
+        for session in idle:
+            session.commit((await engine.verify(session, random_ids(7))).judgement.token_ids)
+        engine.close(idle[0])
+        engine.close(idle[3])
+        before = [slot_bits(engine, session.slot) for session in idle]
+        await asyncio.gather(
+            speak(engine, LONG, greedy(NEW)), speak(engine, PROMPTS[2], greedy(NEW), PROPOSERS["liar"](LONG))
+        )
+        usable = engine.max_length
+        for session, bits in list(zip(idle, before, strict=True))[1:3]:
+            assert torch.equal(slot_bits(engine, session.slot)[:, :, :usable], bits[:, :, :usable])
+            engine.close(session)
+
+    run(undisturbed())
+
+
+def test_what_a_rejected_proposal_wrote_is_never_seen(engine, truths):
+    """A session whose every block is rejected has the very cache, and goes on, as one that never saw a proposal."""
+    for prompt, truth in zip(PROMPTS, truths, strict=True):
+        plain = run(speak(engine, prompt, greedy(NEW), nobody, keep_kv=True))
+        lied = run(speak(engine, prompt, greedy(NEW), PROPOSERS["liar"]([*prompt, *truth]), keep_kv=True))
+        assert lied.accepted == 0
+        assert lied.token_ids == plain.token_ids == truth
+        assert torch.equal(lied.kv, plain.kv)
