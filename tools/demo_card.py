@@ -25,6 +25,7 @@ class CardFacts:
     long_length: int
     long_share: float
     sample_minutes: float
+    plain_share: float
     held_out: tuple[str, ...]
 
 
@@ -99,8 +100,10 @@ def acceptance_table(metrics: dict[str, Any], block: int) -> str:
 
 def training_section(facts: CardFacts, target: dict[str, Any]) -> str:
     """How both models were made."""
-    return f"""Made with `{facts.command}` (seed {facts.seed}) on {facts.machine}, which had other work to do at the
-same time; a quiet machine gets through more tokens in the same minutes. The command uses a GPU where there is one.
+    rate = target["tokens"] / (60 * target["minutes"])
+    return f"""Made with `{facts.command}` (seed {facts.seed}) on {facts.machine}.
+The target saw {rate:,.0f} tokens a second. Minutes bound the run, not steps: a machine with nothing else to do, or a
+GPU, which the command uses where there is one, gets further with the same command.
 
 - Tokenizer: byte-level BPE with GPT-2's pre-tokenizer, {target["vocabulary"]:,} entries, one special token
   `<|endoftext|>` (id 0) that ends a document and pads a batch. Nothing is added to a text that is encoded.
@@ -110,7 +113,8 @@ same time; a quiet machine gets through more tokens in the same minutes. The com
   models are untrained.
 - Draft: distilled from the target. Half of its tokens are corpus windows, half text that the target wrote
   itself after training prompts ({facts.sample_minutes:g} minutes of writing, two thirds of it greedy, one third at
-  temperature 0.8). The loss mixes the divergence from the target's distribution with the target's likeliest token.
+  temperature 0.8). For the first {facts.plain_share:.0%} of the time it learns that text alone; then the loss mixes the
+  divergence from the target's distribution with the target's likeliest token.
 """
 
 
@@ -122,7 +126,9 @@ def data_section(facts: CardFacts, sources: dict[str, Any]) -> str:
 licence, checked by the script. Comments are removed, docstrings cut to their first line, duplicates, tests, generated
 files, vendored copies and files that are mostly data left out. The standard library stands twice in the stream.
 
-Held out whole: {modules}. No file of those names is read from anywhere, nor any file that copies a part of them.
+Held out whole:
+{modules}.
+No file of those names is read from anywhere, nor any file that shares more than a few long lines with them.
 Relatives stay in (`asyncio/queues.py` is not `queue.py`, but resembles it).
 
 {sources_table(sources)}
@@ -136,14 +142,15 @@ def limits_section(metrics: dict[str, Any]) -> str:
     repeated = metrics["acceptance_snippets"]["greedy_repeated_lines"]
     return f"""These models exist to show speculative decoding on a laptop, not to write code. The target writes text
 with the shape of Python: indentation, `self.` attributes, idioms of the standard library. It does not know what the
-code is for, invents names, and long greedy continuations fall into loops: {repeated:.0%} of the lines it wrote after
-held-out snippets repeat an earlier one. It has seen no comments and hardly any prose.
+code is for and invents names. Greedy continuations of this length often fall into loops: {repeated:.0%} of the lines
+written after held-out snippets repeat an earlier one, and such loops raise the greedy acceptance above, since a draft
+follows a loop easily. It has seen no comments and hardly any prose.
 """
 
 
 def model_card(facts: CardFacts, metrics: dict[str, Any], sources: dict[str, Any], shown: Sequence[Sample]) -> str:
     """The whole card."""
-    ratio = metrics["draft"]["ms_float32"] / metrics["target"]["ms_float32"]
+    ratio, half_ratio = (metrics["draft"][key] / metrics["target"][key] for key in ("ms_float32", "ms_bfloat16"))
     weight = metrics["draft"]["parameters"] / metrics["target"]["parameters"]
     block = metrics["acceptance_snippets"]["block"]
     return f"""# Demo pair
@@ -156,16 +163,17 @@ pieces for tests, all cut from modules that neither model saw.
 
 {numbers_table(metrics)}
 
-The draft takes {ratio:.1%} of the target's time for a token in float32 and has {weight:.1%} of its parameters. Times
-are medians of one forward of one token after 128 cached ones with `transformers` on {facts.machine}. The loss is over
-{metrics["target"]["held_out_tokens"]:,} tokens of held-out modules in windows of {facts.length}.
+The draft takes {ratio:.1%} of the target's time for a token in float32, {half_ratio:.1%} in bfloat16, and has
+{weight:.1%} of its parameters. Times are medians of one forward of one token after 128 cached ones with `transformers`
+on {facts.machine}. The loss is over {metrics["target"]["held_out_tokens"]:,} tokens of held-out modules in windows of
+{facts.length}.
 
 ## Acceptance on held-out code
 
 {acceptance_table(metrics, block)}
 
 Agreement is counted at every position of the target's own continuation of up to {metrics["continued"]} tokens. A round
-of block {block} proposes {block} tokens and also yields one of the target's own.
+proposes {block} tokens, keeps those up to the first disagreement, and adds one of the target's own.
 
 ## Training
 

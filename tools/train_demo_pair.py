@@ -237,9 +237,9 @@ def show(config: Config, count: int) -> list[dict[str, str]]:
     tokenizer = load_tokenizer(config)
     target, draft = load_trained(config, "target")[0], load_trained(config, "draft")[0]
     shown = []
-    for prompt in json.loads((config.output / "prompts.json").read_text()):
+    for index, prompt in enumerate(json.loads((config.output / "prompts.json").read_text())):
         greedy = continue_path(target, draft, tokenizer, prompt["text"], count).text
-        sampled = continue_path(target, draft, tokenizer, prompt["text"], count, 0.8, config.seed).text
+        sampled = continue_path(target, draft, tokenizer, prompt["text"], count, 0.8, config.seed + index).text
         shown.append({**prompt, "greedy": greedy, "sampled": sampled})
     return shown
 
@@ -283,6 +283,7 @@ def stage_card(config: Config) -> None:
         long_length=config.long_length,
         long_share=config.long_share,
         sample_minutes=config.sample_minutes,
+        plain_share=config.plain_share,
         held_out=tuple(document.path for document in load_held_out(config)),
     )
     write_text(config.output / "README.md", model_card(facts, kept["metrics"], kept["sources"], kept["shown"]))

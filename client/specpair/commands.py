@@ -301,7 +301,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per generation.")] = 96,
     repeats: Annotated[int, typer.Option(min=1, help="Timed generations per prompt and side.")] = 3,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to time.")] = 5,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="the service's")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="bf16, the draft fp32")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads per service.", show_default="half of the cores")
     ] = None,

@@ -29,7 +29,8 @@ class AcceptanceRule(StrEnum):
     """
     REJECTION = "rejection"
     """Accepted with probability min(1, target/draft), Leviathan et al. 2023, Algorithm 1: the target's distribution,
-    but not the same draw for every proposer."""
+    but not the same draw for every proposer or division into rounds; a client with a fixed `draft_length` repeats its
+    output. A draft that names other probabilities than it sampled with changes the distribution."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ class Session:
     The first turn's prompt is text, token ids or a conversation. A later turn's prompt stands behind everything said so
     far, and only what is new is computed, as `Stats.cached_tokens` shows: text, which is tokenized without special
     tokens; token ids; or, in a session that began with a conversation, the new messages without the earlier ones and
-    their answers. The output is that of a fresh session given the whole.
+    their answers. The output is that of a fresh session given the whole, up to rounding: what is cached was computed in
+    other blocks than those of a prompt.
 
     One turn at a time: a turn that begins before the last one has reached its end raises RuntimeError. A turn that
     fails, is cancelled or is left before its end takes the session with it; UnavailableError tells those who go on.
@@ -47,7 +48,7 @@ class Session:
         self._within = within
         self._stream: VerifyStream | None = None
         self._last: Loop | None = None
-        self._under_way = False
+        self._turn: Turn | None = None
         self._ended = ""
 
     async def generate(
@@ -108,7 +109,7 @@ class Session:
         target contradicts itself.
         """
         meter = turn.meter
-        with self._whole_turn():
+        with self._whole(turn):
             plan = await self._draft.plan(meter)
             stream, started = await self._begin(turn)
             loop = self._last = turn.begin(started, vocabulary_size=plan.vocabulary_size, last=self._last)
@@ -139,23 +140,27 @@ class Session:
                 raise ProtocolError("the target's first message is not `started`")
         return self._stream, message
 
+    @property
+    def _under_way(self) -> bool:
+        """Whether a turn has begun and not reached its end."""
+        return self._turn is not None and not self._turn.ended
+
     @contextlib.contextmanager
-    def _whole_turn(self) -> Iterator[None]:
+    def _whole(self, turn: Turn) -> Iterator[None]:
         """Lets one turn in at a time; one that does not reach its end takes the session with it."""
-        if self._under_way:
-            raise RuntimeError("the session's last turn has not reached its end")
         if self._ended:
             raise UnavailableError(f"the session has ended: {self._ended}", reason="SESSION_ENDED")
-        self._under_way = True
+        if self._under_way:
+            raise RuntimeError("the session's last turn has not reached its end")
+        self._turn = turn
         try:
             yield
         except BaseException as error:
-            cause = f"a turn failed: {error}" if isinstance(error, SpecpairError) else "a turn was left before its end"
-            self._ended = self._ended or cause
-            self._cancel()
+            if not turn.ended:
+                failed = isinstance(error, SpecpairError)
+                self._ended = self._ended or (f"a turn failed: {error}" if failed else "a turn was left before its end")
+                self._cancel()
             raise
-        finally:
-            self._under_way = False
 
     def _cancel(self) -> None:
         if self._stream is not None:

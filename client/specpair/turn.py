@@ -33,6 +33,11 @@ class Turn:
         return self.loop
 
     @property
+    def ended(self) -> bool:
+        """Whether it has reached its end."""
+        return self.loop is not None and self.loop.finish_reason is not None
+
+    @property
     def tokens(self) -> tuple[Token, ...]:
         """The output so far."""
         return tuple(self.loop.tokens) if self.loop else ()

@@ -35,9 +35,11 @@ class SlotPool:
             raise OverloadedError(f"{len(self._waiting)} sessions wait for a slot already", reason="KV_SLOTS_EXHAUSTED")
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
+        limit = self._max_patience if patience is None else min(patience, self._max_patience)
         try:
-            limit = self._max_patience if patience is None else min(patience, self._max_patience)
-            return await asyncio.wait_for(waiter, limit)
+            # Not wait_for, which until Python 3.12 forgets a cancellation that comes together with the slot.
+            async with asyncio.timeout(limit):
+                return await waiter
         except (TimeoutError, asyncio.CancelledError) as ended:
             # The slot may have been handed over in this very moment.
             if waiter.done() and not waiter.cancelled():

@@ -35,8 +35,8 @@ BROKEN = "import sys\nsys.exit('error: model: no such directory')"
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Puts modules in the place of the services', for child processes."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    """Puts modules in the place of the services', for child processes: `python -m` looks where it is started first."""
+    monkeypatch.chdir(tmp_path)
 
     def put(**modules):
         for name, code in (FAKES | modules).items():

@@ -322,6 +322,29 @@ def test_one_turn_at_a_time():
     asyncio.run(run())
 
 
+def test_a_turn_has_reached_its_end_with_its_last_chunk():
+    """Whoever stops reading there may go on at once, also with the streams of earlier turns still open."""
+
+    async def run():
+        target = FakeTarget()
+        async with client(target) as opened, opened.session() as session:
+            async with session.stream("a", PARAMS) as closed:
+                async for chunk in closed:
+                    if chunk.finish_reason is not None:
+                        break
+            left = session.stream("b", PARAMS)
+            async for chunk in left:
+                if chunk.finish_reason is not None:
+                    break
+            result = await session.generate("c", PARAMS)
+            assert list(result.token_ids) == continuation(result.prompt_token_ids, COUNT)
+            await left.aclose()
+            await session.generate("d", PARAMS)
+        assert target.streams[0].finished
+
+    asyncio.run(run())
+
+
 def test_a_stream_that_nobody_holds_any_more_ends_the_session():
     """Breaking out of a loop over a turn leaves it for good."""
 

@@ -189,8 +189,7 @@ class TestRawTarget:
         run(check())
 
     def test_wrong_message(self, bf16, prompts):
-        """A second start, nothing at all, or a block behind the end."""
-        ended = common_pb2.SamplingParams(max_new_tokens=1)
+        """A second start, or nothing at all."""
 
         async def check():
             async with target_stub(bf16.target.address) as stub:
@@ -202,10 +201,20 @@ class TestRawTarget:
                     async with refused(code, field):
                         await session.call.write(message)
                         await session.call.read()
+
+        run(check())
+
+    def test_block_behind_the_end(self, bf16, prompts):
+        """A block that comes after the end of the turn is stale, whatever length it continues: the session lives on."""
+        ended = common_pb2.SamplingParams(max_new_tokens=1)
+
+        async def check():
+            async with target_stub(bf16.target.address) as stub:
                 session = await RawSession.open(stub, prompts[4], sampling=ended)
                 assert (await session.send(session.block([1, 2]))).committed.finish_reason
-                async with refused(ABORTED, "block"):
-                    await session.send(session.block())
+                for _ in range(2):
+                    assert (await session.send(session.block())).status == target_pb2.Verdict.STATUS_STALE
+                await session.finish()
 
         run(check())
 

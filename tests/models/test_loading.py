@@ -119,7 +119,7 @@ def test_code_of_a_model_is_not_run(copy):
         (
             BertConfig(vocab_size=50, **_ENCODER),
             AutoModelForCausalLM,
-            "slot cache",
+            "come after",
         ),
     ],
     ids=["t5", "mamba", "vit", "bert"],
