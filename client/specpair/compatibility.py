@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from specpair.errors import DraftMismatchError, SpecpairError, UnavailableError
+from specpair.errors import DeadlineError, DraftMismatchError, SpecpairError, UnavailableError
 from specpair.messages import Fingerprint, ModelInfo, Phase
 from specpair.transports import DraftTransport, TargetTransport
 
@@ -46,6 +46,9 @@ class Pairing:
         target, draft = await asyncio.gather(
             self._target.info(self._within), self.draft.info(self._within), return_exceptions=True
         )
+        if isinstance(target, DeadlineError):
+            # The time was this question's own, not the caller's.
+            raise UnavailableError(f"the target did not answer within {self._within:g} s")
         if isinstance(target, BaseException):
             raise target
         size = target.fingerprint.vocabulary_size if target.fingerprint else None

@@ -61,7 +61,7 @@ class TokenStream:
             raise DeadlineError(f"not finished within {self._timeout:g} s") from None
 
     async def aclose(self) -> None:
-        """Ends the calls to both services."""
+        """Ends the calls to both services. To be called by the task that iterates, which others may cancel instead."""
         await self._chunks.aclose()
 
     async def __aenter__(self) -> Self:

@@ -29,7 +29,7 @@ from specpair.messages import (
     Started,
     Verdict,
 )
-from specpair.params import AcceptanceRule, Prompt, SamplingParams
+from specpair.params import AcceptanceRule, ChatMessage, Prompt, SamplingParams
 from specpair.results import FinishReason, Logprobs, PositionExplanation, Source
 from specpair.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -74,6 +74,8 @@ _PHASE_OF = {
     common_pb2.PHASE_FAILED: Phase.FAILED,
 }
 # What is the same on both sides, by name.
+# gRPC's limit for a message is 4 MiB; the rest is for everything else in it.
+_MOST_PROMPT_BYTES = 4 * 2**20 - 2**16
 _SCALARS = {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields} - {"rule", "logit_bias"}
 _PLAIN_INFO = {field.name for field in fields(ModelInfo)} - {"phase", "fingerprint", "proposers"}
 
@@ -332,11 +334,19 @@ def _fill_sampling(message: common_pb2.SamplingParams, params: SamplingParams, p
 def _fill_prompt(message: common_pb2.Prompt, prompt: Prompt, path: str) -> None:
     if isinstance(prompt, str):
         set_field(message, "text", prompt, f"{path}.")
-        return
+    else:
+        _fill_parts(message, prompt, path)
+    if message.ByteSize() > _MOST_PROMPT_BYTES:
+        raise InvalidRequestError(f"must be at most {_MOST_PROMPT_BYTES} bytes long", field=path)
+
+
+def _fill_parts(message: common_pb2.Prompt, prompt: Sequence[int] | Sequence[ChatMessage], path: str) -> None:
     try:
-        parts = list(prompt)
+        parts = None if isinstance(prompt, bytes | bytearray | memoryview) else list(prompt)
     except TypeError:
-        raise InvalidRequestError("must be text, token ids or chat messages", field=path) from None
+        parts = None
+    if parts is None:
+        raise InvalidRequestError("must be text, token ids or chat messages", field=path)
     if any(isinstance(part, Mapping) for part in parts):
         for i, part in enumerate(parts):
             _fill_chat_message(message.chat.messages.add(), part, f"{path}.chat.messages[{i}]")

@@ -289,3 +289,13 @@ def test_anything_a_caller_may_give_is_sent_or_named(params):
     except InvalidRequestError as refused:
         field = refused.field
     assert field.startswith("start")
+
+
+@pytest.mark.parametrize(
+    "prompt", [b"abc", bytearray(b"abc"), "x" * 5_000_000, [300] * 3_000_000], ids=["bytes", "bytearray", "text", "ids"]
+)
+def test_prompts_that_are_none_or_do_not_fit_a_message_are_refused_by_name(prompt):
+    """Bytes are not taken for token ids, and a prompt beyond a message's size never reaches the wire."""
+    with pytest.raises(InvalidRequestError) as refused:
+        wire.tokenize_request(prompt)
+    assert refused.value.field == "prompt"
