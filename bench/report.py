@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["command", "machine", "pin", "processor", "relative", "versions", "write_report"]
+__all__ = ["OtherWork", "command", "machine", "pin", "processor", "relative", "versions", "write_report"]
 
 _PACKAGES = ("specpair", "torch", "transformers", "grpcio")
 
@@ -74,6 +74,25 @@ def processor(cpuinfo: Path) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+class OtherWork:
+    """What else the machine does from now on: the noise that the figures stand in."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._busy, self._own = _busy_seconds(), _own_seconds()
+
+    def cores(self) -> float | None:
+        """Cores that other processes kept busy on average; None where the system does not tell.
+
+        Processes that this one has started must have ended: the system counts their time as its own only then.
+        """
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        elsewhere = busy - self._busy - (_own_seconds() - self._own)
+        return max(0.0, round(elsewhere / (time.perf_counter() - self._began), 2))
+
+
 def write_report(path: Path, figures: Mapping[str, object], facts: Mapping[str, object]) -> None:
     """Writes date, command and versions, then `facts`, then `figures` as readable JSON."""
     report = {
@@ -85,3 +104,20 @@ def write_report(path: Path, figures: Mapping[str, object], facts: Mapping[str, 
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the machine started."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *more = (int(field) for field in fields)
+    # Behind `more`'s first three, interrupts and what a host took away, stand guests, which are in `user` already.
+    return (user + nice + system + sum(more[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system

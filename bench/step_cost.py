@@ -12,10 +12,7 @@ Prints a table and writes JSON to bench/results/.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from report import machine, pin, write_report
 from specpair_runtime.models.loading import load_model
 from specpair_runtime.models.options import DtypeName, LoadOptions, QuantizationName
 from specpair_runtime.models.runner import ModelRunner
@@ -163,6 +161,7 @@ def _parse() -> tuple[Options, Path]:
 def main() -> None:
     """Measures, prints and writes."""
     options, output = _parse()
+    cores = pin(options.threads)
     torch.set_num_threads(options.threads)
     runners = {name: _runner(options, name) for name in options.formats}
     costs = list(measure_cost(runners, options))
@@ -174,17 +173,8 @@ def main() -> None:
         )
     for row in bits:
         print(row)
-    result = {
-        "command": ["python", *sys.argv],
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "torch": torch.__version__,
-        "options": asdict(options),
-        "cost": [asdict(cost) for cost in costs],
-        "bits": bits,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {"options": asdict(options), "cost": [asdict(cost) for cost in costs], "bits": bits}
+    write_report(output, figures, machine(cores))
 
 
 if __name__ == "__main__":

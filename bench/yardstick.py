@@ -26,7 +26,7 @@ from rich.table import Table
 import specpair_loops
 import transformers_loops
 from measuring import ALONE, GENERATE, SPECPAIR, Loop, Runs, Summary, agreement, differences, measure, summarize
-from report import machine, pin, relative, write_report
+from report import OtherWork, machine, pin, relative, write_report
 
 _NAMES = (*transformers_loops.NAMES, *specpair_loops.NAMES)
 _COMPILED = "generate-compiled"
@@ -87,8 +87,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--draft-length", type=int, metavar="K", help="specpair: proposals per round; default: as it paces itself")
     add("--cores", type=_positive, default=2, metavar="N", help="both sides run on the same N cores")
     add("--threads", type=_positive, metavar="N", help="transformers' threads; default: one per core")
-    add("--target-threads", type=_positive, metavar="N", help="default: one per core")
-    add("--draft-threads", type=_positive, default=1, metavar="N")
+    add("--target-threads", type=_positive, metavar="N", help="the target service's; default: half of the cores")
+    add("--draft-threads", type=_positive, metavar="N", help="the draft service's; default: half of the cores")
     add("--target-options", default="", metavar="FLAGS", help="more flags for the target service")
     add("--draft-options", default="", metavar="FLAGS", help="more flags for the draft service")
     add("--json", type=Path, metavar="PATH", help="default: bench/results/yardstick_DTYPE.json")
@@ -97,7 +97,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if given["compile"] is None:
         given["compile"] = not given["device"].startswith("cpu")
     given["threads"] = given["threads"] or given["cores"]
-    given["target_threads"] = given["target_threads"] or given["cores"]
+    for service in ("target_threads", "draft_threads"):  # as `specpair demo` does
+        given[service] = given[service] or max(1, given["cores"] // 2)
     given["json"] = given["json"] or Path(f"bench/results/yardstick_{given['dtype']}.json")
     # Always in the order of the table.
     given["loops"] = tuple(name for name in _NAMES if name in given["loops"])
@@ -188,7 +189,7 @@ def main() -> None:
     facts = {"machine": machine(cores, options.device), "options": _plain(options)}
     # A file takes the whole table.
     stdout, stderr = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
-    prompts = read_prompts(options)
+    prompts, other = read_prompts(options), OtherWork()
     with contextlib.ExitStack() as stack, stderr.status("loading") as status:
         loops = _loops(options, stack, status.update)
         status.update("warming up")
@@ -200,6 +201,7 @@ def main() -> None:
     for line in options.skipped:
         stdout.print(line)
     measured = {
+        "cores_busy_with_other_work": other.cores(),
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "loops": figures(summaries, runs),
         "differences": wrong,

@@ -199,7 +199,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama 2's: spaces belong to words, the first one is left out, rare characters fall into bytes."""
+    """A tokenizer like Llama 2's: spaces belong to words, the first is left out, rare characters fall into bytes."""
     ids = {
         token: id_ for id_, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
     }

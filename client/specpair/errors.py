@@ -23,7 +23,7 @@ import contextlib
 
 import grpc
 from google.protobuf.any_pb2 import Any
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -50,14 +50,16 @@ class SpecpairError(Exception):
     """Base of all errors of this package.
 
     `field` is the path of the offending field from the request message or the configuration, "" when there is none.
-    `reason` is a stable word in capitals for programs, "" when the class says it all.
+    `reason` is a stable word in capitals for programs, "" when the class says it all. `retry_after` is after how many
+    seconds another try makes sense, None when that is not known.
     """
 
-    def __init__(self, message: str, *, field: str = "", reason: str = "") -> None:
+    def __init__(self, message: str, *, field: str = "", reason: str = "", retry_after: float | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)
         self.message = message
         self.field = field
         self.reason = reason
+        self.retry_after = retry_after
 
 
 class InvalidRequestError(SpecpairError):
@@ -127,13 +129,17 @@ def status_of(error: SpecpairError) -> grpc.StatusCode:
 
 
 def to_status(error: SpecpairError) -> status_pb2.Status:
-    """The google.rpc.Status of an exception: BadRequest names its field, ErrorInfo its reason."""
+    """The google.rpc.Status of an exception: BadRequest has its field, ErrorInfo its reason, RetryInfo when to retry."""
     status = status_pb2.Status(code=status_of(error).value[0], message=str(error))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
     if error.reason:
         _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
+    if error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
+        _pack(status, retry)
     return status
 
 
@@ -143,20 +149,24 @@ def from_rpc_error(failed: grpc.RpcError) -> SpecpairError:
     code: grpc.StatusCode = failed.code()
     message: str = failed.details() or code.name
     field = reason = ""
+    retry_after: float | None = None
     # Details that contradict the call's own status, or that are no message, say nothing: code and message stand.
     with contextlib.suppress(ValueError, DecodeError):
         status = rpc_status.from_call(failed)
         for detail in status.details if status is not None else ():
             bad_request, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+            retry = error_details_pb2.RetryInfo()
             if detail.Unpack(bad_request) and bad_request.field_violations:
                 field = bad_request.field_violations[0].field
                 message = bad_request.field_violations[0].description
             elif detail.Unpack(info):
                 reason = info.reason
-    return _ERROR.get(code, InternalError)(message, field=field, reason=reason)
+            elif detail.Unpack(retry):
+                retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    return _ERROR.get(code, InternalError)(message, field=field, reason=reason, retry_after=retry_after)
 
 
-def _pack(status: status_pb2.Status, detail: error_details_pb2.BadRequest | error_details_pb2.ErrorInfo) -> None:
+def _pack(status: status_pb2.Status, detail: Message) -> None:
     packed = Any()
     packed.Pack(detail)
     status.details.append(packed)

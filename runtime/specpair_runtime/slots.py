@@ -10,6 +10,9 @@ from specpair.errors import OverloadedError
 
 __all__ = ["SlotPool"]
 
+# Seconds: about what a short generation takes.
+_RETRY_AFTER = 1.0
+
 
 class SlotPool:
     """Hands out slots, lowest first, to waiters in order of arrival. Lives on one event loop."""
@@ -32,7 +35,7 @@ class SlotPool:
         if self._free:
             return heapq.heappop(self._free)
         if len(self._waiting) >= self._max_waiting:
-            raise OverloadedError(f"{len(self._waiting)} sessions wait for a slot already", reason="KV_SLOTS_EXHAUSTED")
+            raise _exhausted(f"{len(self._waiting)} sessions wait for a slot already")
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         limit = self._max_patience if patience is None else min(patience, self._max_patience)
@@ -46,7 +49,7 @@ class SlotPool:
                 self.release(waiter.result())
             if isinstance(ended, asyncio.CancelledError):
                 raise
-            raise OverloadedError(f"all {self.slots} slots stayed in use", reason="KV_SLOTS_EXHAUSTED") from None
+            raise _exhausted(f"all {self.slots} slots stayed in use") from None
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
@@ -59,3 +62,7 @@ class SlotPool:
                 waiter.set_result(slot)
                 return
         heapq.heappush(self._free, slot)
+
+
+def _exhausted(message: str) -> OverloadedError:
+    return OverloadedError(message, reason="KV_SLOTS_EXHAUSTED", retry_after=_RETRY_AFTER)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,11 +146,11 @@ def test_tokens_that_must_not_differ(measuring):
 
 
 def test_defaults(bench):
-    """Everything is measured but what takes minutes, with both sides on as many threads as cores."""
+    """Everything is measured but what takes minutes, transformers on a thread per core, each service on half."""
     options = bench["yardstick"].parse([])
     assert options.chosen == tuple(name for name in options.loops if name != "generate-compiled")
     assert [line.partition(":")[0] for line in options.skipped] == ["generate-compiled"]
-    assert (options.cores, options.threads, options.target_threads) == (2, 2, 2)
+    assert (options.cores, options.threads, options.target_threads, options.draft_threads) == (2, 2, 1, 1)
     assert options.json == Path("bench/results/yardstick_bf16.json")
 
 
@@ -195,6 +197,16 @@ def test_report_names_no_place_of_this_machine(bench, tmp_path, monkeypatch):
     assert {"python", "torch", "transformers"} <= written["versions"].keys()
     assert written["machine"]["cores_used"] == 2
     assert written["date"].endswith("Z")
+
+
+def test_other_work_is_seen(bench):
+    """What this process and its children do is not other work; what the machine does besides is."""
+    if not Path("/proc/stat").exists():
+        assert bench["report"].OtherWork().cores() is None
+        return
+    other = bench["report"].OtherWork()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    assert 0.0 <= other.cores() <= os.cpu_count()
 
 
 def test_processor_is_read_from_the_system(bench, tmp_path):

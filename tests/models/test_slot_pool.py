@@ -139,7 +139,9 @@ def test_a_cancelled_waiter_hands_its_slot_on(cancelled_first):
     asyncio.run(check())
 
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["acquire", "release", "cancel", "settle"]), st.integers(0, 9)), max_size=40)
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["acquire", "release", "cancel", "settle"]), st.integers(0, 9)), max_size=40
+)
 
 
 @given(slots=st.integers(1, 3), max_waiting=st.integers(0, 4), actions=ACTIONS)

@@ -97,7 +97,7 @@ def test_low_precision_is_no_other_rule(dtype):
         assert torch.equal(choose(logits, positions, batch), choose(logits.float(), positions, batch))
 
 
-# --- distribution ------------------------------------------------------------------------------------------------------
+# --- distribution ----------------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "plain": SamplingParams(temperature=1.0),
@@ -152,7 +152,7 @@ def test_draws_at_two_positions_are_independent(step):
     assert chi_square((first * VOCABULARY + second)[:: step + 1].tolist(), joint) > PASSES
 
 
-# --- noise -------------------------------------------------------------------------------------------------------------
+# --- noise -----------------------------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, position=st.integers(0, 2**31), stream=st.sampled_from(list(Stream)))
@@ -176,7 +176,7 @@ def test_uniform_noise_is_uniform():
             assert chi_square(cells, [1 / 64] * 64) > PASSES
 
 
-# --- acceptance --------------------------------------------------------------------------------------------------------
+# --- acceptance ------------------------------------------------------------------------------------------------------
 
 
 @given(data=st.data(), batch=st.integers(1, 4), width=st.integers(1, 6))

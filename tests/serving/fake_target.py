@@ -59,8 +59,8 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
     async def Tokenize(self, request, context):
         self._fail_as_told(request.prompt.text)
         if request.prompt.text == "overloaded":
-            context.set_trailing_metadata((("grpc-retry-pushback-ms", "100"),))
-            raise errors.OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED")
+            context.set_trailing_metadata((("x-note", "from the handler"),))
+            raise errors.OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED", retry_after=1.5)
         return target_pb2.TokenizeResponse()
 
     async def Detokenize(self, request, context):

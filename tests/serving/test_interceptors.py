@@ -173,9 +173,22 @@ def test_trailing_metadata_of_the_handler_is_kept(running):
             with pytest.raises(grpc.RpcError) as failed:
                 await service.stub.Tokenize(target_pb2.TokenizeRequest(prompt=_prompt("overloaded")))
             trailing = dict(failed.value.trailing_metadata())
-            assert trailing["grpc-retry-pushback-ms"] == "100"
+            assert trailing["x-note"] == "from the handler"
             assert trailing["x-request-id"]
             assert errors.from_rpc_error(failed.value).reason == "KV_SLOTS_EXHAUSTED"
+
+    asyncio.run(check())
+
+
+def test_overload_says_when_to_try_again(running):
+    """A full service tells gRPC's own retries and the client when another try makes sense."""
+
+    async def check():
+        async with running() as service:
+            with pytest.raises(grpc.RpcError) as failed:
+                await service.stub.Tokenize(target_pb2.TokenizeRequest(prompt=_prompt("overloaded")))
+            assert dict(failed.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1500"
+            assert errors.from_rpc_error(failed.value).retry_after == 1.5
 
     asyncio.run(check())
 

@@ -8,6 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, Turn
+from specpair_runtime.models.config import ModelConfig
+from specpair_runtime.models.serving_model import load_serving_model
+from specpair_runtime.serving import ServiceStatus
+
 from .. import plain
 from ..tiny import FAMILIES, random_ids
 from .driving import PROPOSERS, greedy, nobody, run, sampled, speak, together
@@ -124,3 +129,33 @@ def test_a_session_says_alone_what_it_says_in_company(engine_of):
     outputs = together(*(speak(engine, prompt, options, nobody) for (prompt, options), _ in cases))
     assert [output.token_ids for output in outputs] == [ids for _, ids in cases]
     assert engine.pool.in_use == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.7, "seed": 1},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": -9},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "seed": 3},
+        {"temperature": 0.9, "logit_bias": ((5, 4.0), (7, -100.0)), "seed": 2**40},
+    ],
+    ids=["greedy", "temperature", "truncated", "penalized", "biased"],
+)
+def test_a_draft_of_the_same_model_is_always_right(tiny, engine_of, params):
+    """A draft that is the target itself, with its processors and its noise, has every proposal accepted."""
+    config = ModelConfig(model=tiny.path("llama"), dtype="fp32", device="cpu", slots=2, max_length=384, threads=1)
+    runner = load_serving_model(config, STEP_WIDTHS, ServiceStatus()).runner
+    for prompt in PROMPTS[::3]:
+        options = sampled(NEW, **params)
+        draft = ModelProposer(runner, 1, 32)
+        draft.begin(Turn(prompt, len(prompt), options.sampling))
+
+        def propose(tokens, most, draft=draft):
+            draft.follow(min(draft.length, len(tokens)), tokens[draft.length :])
+            return draft.propose(most).token_ids
+
+        engine = engine_of("llama")
+        output = run(speak(engine, prompt, options, propose))
+        assert output.rounds == -(-NEW // engine.width)
+        assert output.token_ids == run(speak(engine, prompt, options)).token_ids

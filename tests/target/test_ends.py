@@ -8,7 +8,7 @@ from specpair.errors import InvalidRequestError
 from specpair.v1.common_pb2 import FinishReason
 
 from ..tiny import POSITIONS, VOCABULARY, random_ids, tiny_tokenizer
-from .driving import PROPOSERS, greedy, nobody, open_session, round_of, run, speak, together
+from .driving import PROPOSERS, Output, greedy, nobody, open_session, round_of, run, speak, together
 
 STOP_TOKEN = FinishReason.FINISH_REASON_STOP_TOKEN
 STOP_STRING = FinishReason.FINISH_REASON_STOP_STRING
@@ -131,7 +131,7 @@ def test_a_stop_string_wherever_it_stands(tiny, engine_of, spoken):
 
 def test_a_stop_string_that_never_comes(engine_of, spoken):
     """What could have become a stop string is text after all: the end of the turn releases it."""
-    ids, text = spoken
+    ids, _ = spoken
     for held in (1, 3, 8):
         stop = added_text(ids[:NEW])[-held:] + "\N{SNOWMAN}"
         output = with_every_proposer(engine_of("llama-text"), TEXT_PROMPT, greedy(NEW, stop_strings=(stop,)), ids)
@@ -214,22 +214,20 @@ def test_without_a_tokenizer_there_is_no_text(engine_of):
 
 
 def test_a_session_goes_on_while_nothing_ends_it(engine_of, truth):
-    """Until its end a turn has no reason to end: rounds report none, and each gives one token at least."""
+    """Until its end a turn has no reason to end, and each round gives one token at least."""
     engine = engine_of("llama")
 
     async def rounds():
         session = await open_session(engine, PROMPT, greedy(NEW))
+        output = Output()
         try:
-            from .driving import Output
-
-            output = Output()
             while not output.finish_reason:
                 known = len(output.token_ids)
                 await round_of(engine, session, (), output)
                 assert len(output.token_ids) == known + 1
-            return output
         finally:
             engine.close(session)
+        return output
 
     output = run(rounds())
     assert (output.token_ids, output.rounds) == (truth[:NEW], NEW)

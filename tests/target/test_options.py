@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,21 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specpair.v1.common_pb2 import FinishReason
-from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import SamplingParams
-from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_target.sessions import TurnOptions
 
 from ..sampling.penalties import PresenceAndFrequency, penalties, truncations
 from ..tiny import VOCABULARY, random_ids, tiny_tokenizer
-from .driving import PROPOSERS, nobody, open_session, run, speak, together
+from .driving import PROPOSERS, nobody, run, speak, together
+from .guessing import Guesser, likely_ids, told
 
 NEW = 18
 PROMPTS = [random_ids(length, seed=7) for length in (1, 6, 33, 50)]
 TOKENIZER = tiny_tokenizer()
 
 
-# --- greedy, against `generate` -------------------------------------------------------------------------------------
+# --- greedy, against `generate` ------------------------------------------------------------------------------------
 
 
 def turn(params, **options):
@@ -141,61 +139,7 @@ def test_random_penalties_equal_generate(tiny, engine_of, given_params, length, 
     assert [output.token_ids for output in outputs] == [expected] * len(PROPOSERS)
 
 
-# --- everything together, against the same without proposals ---------------------------------------------------------
-
-
-@dataclass
-class Told:
-    """What a session was told over its rounds."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
-    # Per round: how many proposals were accepted, of how many.
-    accepted: list[tuple[int, int]] = field(default_factory=list)
-
-
-class Guesser:
-    """Proposes ids of any length, some of them right; under the rejection rule at times with made-up probabilities."""
-
-    def __init__(self, truth, seed, rejection=False):
-        self._truth, self._rejection = truth, rejection
-        self._random = random.Random(seed)
-
-    def __call__(self, tokens, most):
-        share = self._random.choice((0.3, 0.8, 1.0))
-        ids = [id_ if self._random.random() < share else self._random_id() for id_ in self._truth[len(tokens) :]]
-        ids += [self._random_id() for _ in range(most)]
-        ids = ids[: self._random.randint(0, most)]
-        if self._rejection and self._random.random() < 0.7:
-            return ids, [self._distribution(id_) for id_ in ids]
-        return ids, []
-
-    def _random_id(self):
-        return self._random.randrange(VOCABULARY)
-
-    def _distribution(self, proposed):
-        support = list({proposed, *(self._random_id() for _ in range(self._random.randint(0, 6)))})
-        weights = [self._random.random() + 0.05 for _ in support]
-        return SparseProbs(support, [weight / sum(weights) for weight in weights])
-
-
-async def told(engine, prompt, turn_options, guesser, committed=()):
-    """A session from its start to the end of its turn, with all that its verdicts say."""
-    session = await open_session(engine, prompt, turn_options, committed)
-    heard = Told()
-    try:
-        while not heard.finish_reason:
-            ids, draft_probs = guesser(session.tokens, engine.width - 1)
-            judgement = (await engine.verify(session, ids, draft_probs)).judgement
-            commit = session.commit(judgement.token_ids, judgement.logprobs)
-            heard.token_ids += commit.token_ids
-            heard.logprobs += commit.logprobs
-            heard.finish_reason = commit.finish_reason
-            heard.accepted.append((judgement.accepted, len(ids)))
-    finally:
-        engine.close(session)
-    return heard
+# --- everything together, against the same without proposals -------------------------------------------------------
 
 
 seeds = st.integers(-(2**63), 2**63 - 1)
@@ -224,29 +168,19 @@ def test_no_proposal_changes_any_mixture_of_options(engine_of, sessions, seed):
     say what each says alone and without proposals. Under the rejection rule so do those whose distribution leaves no
     choice; the others end as their options say."""
     engine = engine_of("llama-text")
-    alone = [run(speak(engine, prompt, options)) for options, prompt, _ in sessions]
-    committed = [
-        output.token_ids[: min(cut, len(output.token_ids) - 1)]
-        for (*_, cut), output in zip(sessions, alone, strict=True)
-    ]
-    beside = together(
-        *(
-            told(
-                engine,
-                prompt,
-                options,
-                Guesser([*prompt, *output.token_ids], seed + n, options.sampling.rejection),
-                before,
-            )
-            for n, ((options, prompt, _), output, before) in enumerate(zip(sessions, alone, committed, strict=True))
-        )
-    )
-    for (options, *_), output, before, heard in zip(sessions, alone, committed, beside, strict=True):
+    alone = [run(told(engine, prompt, replace(options, top_logprobs=3))) for options, prompt, _ in sessions]
+    asked = []
+    for number, ((options, prompt, cut), own) in enumerate(zip(sessions, alone, strict=True)):
+        truth, rejection = [*prompt, *own.token_ids], options.sampling.rejection
+        guesser = Guesser(truth, seed + number, rejection, likely_ids(prompt, own))
+        asked.append((prompt, options, guesser, own.token_ids[: min(cut, len(own.token_ids) - 1)]))
+    beside = together(*(told(engine, *session) for session in asked))
+    for (_, options, _, committed), own, heard in zip(asked, alone, beside, strict=True):
         params = options.sampling
-        said = [*before, *heard.token_ids]
+        said = [*committed, *heard.token_ids]
         if not params.rejection or params.greedy or params.top_k == 1:
-            assert said == output.token_ids
-            assert heard.finish_reason == output.finish_reason
+            assert said == own.token_ids
+            assert heard.finish_reason == own.finish_reason
         assert len(heard.logprobs) == (0 if options.top_logprobs is None else len(heard.token_ids))
         ends = [id_ in options.stop_token_ids for id_ in said]
         assert not any(ends[:-1])
@@ -284,10 +218,10 @@ def test_greedy_is_the_same_under_both_rules(tiny, engine_of):
         )
     )
     assert [one.token_ids for one in heard[::2]] == expected
-    assert sum(accepted for one in heard[::2] for accepted, _ in one.accepted) > 0
+    assert any(one.judgement.accepted for session in heard[::2] for one in session.rounds)
 
 
-# --- log probabilities ----------------------------------------------------------------------------------------------
+# --- log probabilities ---------------------------------------------------------------------------------------------
 
 
 def assert_logprobs(reference, prompt, heard, top):
@@ -326,7 +260,7 @@ def test_logprobs_equal_a_full_forward(tiny, engine_of, params, top):
             for n, (prompt, output) in enumerate(zip(PROMPTS, alone, strict=True))
         )
     )
-    assert any(0 < accepted < proposed for one in heard for accepted, proposed in one.accepted)
+    assert any(0 < one.judgement.accepted < len(one.proposal) for session in heard for one in session.rounds)
     for prompt, one in zip(PROMPTS, heard, strict=True):
         assert_logprobs(reference, prompt, one, top)
 
@@ -350,5 +284,3 @@ def test_no_logprobs_behind_the_end_of_a_turn(tiny, engine_of):
             heard = run(told(engine, prompt, replace(options, top_logprobs=2), oracle))
             assert heard.token_ids == truth[:count]
             assert_logprobs(reference, prompt, heard, 2)
-            # The block went on behind the end, and was accepted there.
-            assert sum(accepted + 1 for accepted, _ in heard.accepted) >= count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -11,6 +12,8 @@ import torch
 from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, Turn
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.serving_model import load_serving_model
+from specpair_runtime.sampling.law import acceptance_probability, residual_weights
+from specpair_runtime.sampling.noise import Stream
 from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
 from specpair_runtime.sampling.processors import process
 from specpair_runtime.sampling.rejection import propose_by_rejection
@@ -18,16 +21,18 @@ from specpair_runtime.serving import ServiceStatus
 from specpair_target.sessions import TurnOptions
 from specpair_target.verifier import Row, Verifier
 
-from ..plain import warped
+from ..plain import gumbel, uniform, warped
 from ..sampling.chi_square import chi_square
+from ..sampling.penalties import reference_penalties
 from ..tiny import random_ids
 from .driving import open_session, together
+from .guessing import Guesser, likely_ids, told
 
 CPU = torch.device("cpu")
 PASSES = 1e-3
 
 
-# --- a model that is a table ----------------------------------------------------------------------------------------
+# --- a model that is a table ---------------------------------------------------------------------------------------
 
 IDS, WIDTH, FIRST, START = 4, 4, 2, 11
 SESSIONS = 1200
@@ -122,7 +127,7 @@ def test_several_tokens_have_the_targets_joint_distribution(draft, params):
     assert (accepted == proposed) == (draft == "equal")
 
 
-# --- a model over a slot cache --------------------------------------------------------------------------------------
+# --- a model over a slot cache -------------------------------------------------------------------------------------
 
 SEEDS = 320
 PROMPT = random_ids(6, seed=5)
@@ -187,3 +192,74 @@ def test_sessions_have_the_targets_joint_distribution(tiny, engine_of, draft_run
     assert set(said) <= expected.keys()
     assert chi_square([number[pair] for pair in said], list(expected.values())) > PASSES
     assert (accepted == proposed) == (kind == "the same model")
+
+
+# --- verdict by verdict --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=2.0, rejection=True),
+        SamplingParams(temperature=8.0, top_k=3, top_p=0.95, rejection=True),
+        SamplingParams(temperature=2.0, repetition_penalty=1.3, frequency_penalty=1.0, rejection=True),
+    ],
+    ids=["plain", "truncated", "penalized"],
+)
+def test_every_verdict_is_the_law(tiny, engine_of, params):
+    """In every round of sessions side by side, the engine accepts the proposals that the law accepts, with
+    probabilities that transformers computes and noise in plain integers, and puts the law's token behind them."""
+    reference, engine = tiny.reference("llama"), engine_of("llama")
+    prompts = [random_ids(length, seed=6) for length in (1, 4, 20, 40)]
+    turns = [
+        TurnOptions(sampling=replace(params, seed=seed), max_new_tokens=24, top_logprobs=4)
+        for seed in range(len(prompts))
+    ]
+    alone = together(*(told(engine, prompt, turn) for prompt, turn in zip(prompts, turns, strict=True)))
+    heard = together(
+        *(
+            told(
+                engine,
+                prompt,
+                turn,
+                Guesser([*prompt, *own.token_ids], turn.sampling.seed, True, likely_ids(prompt, own)),
+            )
+            for prompt, turn, own in zip(prompts, turns, alone, strict=True)
+        )
+    )
+    for prompt, turn, session in zip(prompts, turns, heard, strict=True):
+        for one in session.rounds:
+            expected = by_the_law(reference, len(prompt), turn.sampling, one)
+            assert (one.judgement.accepted, one.judgement.token_ids) == expected
+    judgements = [(len(one.proposal), one.judgement.accepted) for session in heard for one in session.rounds]
+    assert any(0 < accepted < proposed for proposed, accepted in judgements)
+    assert any(0 < accepted == proposed for proposed, accepted in judgements)
+
+
+def by_the_law(reference, prompt_length, params, one):
+    """How many proposals of a round are accepted, and the round's tokens."""
+    penalize = reference_penalties(params, prompt_length, ())
+    for place in range(len(one.proposal) + 1):
+        before = [*one.tokens, *one.proposal[:place]]
+        scores = warped(penalize(torch.tensor([before]), reference.logits(before)[None]), params)[0]
+        target = scores.softmax(dim=-1).tolist()
+        seed, position = params.seed, len(before)
+        if place == len(one.proposal):
+            return place, [*one.proposal, _draw(target, seed, position, Stream.TARGET)]
+        token_id = one.proposal[place]
+        draft = {token_id: 1.0}
+        if one.draft_probs:
+            draft = dict(zip(one.draft_probs[place].token_ids, one.draft_probs[place].probs, strict=True))
+        coin = uniform(seed, position, 0, Stream.ACCEPT)
+        if coin >= acceptance_probability(target[token_id], draft[token_id]):
+            weights = residual_weights(target, [draft.get(id_, 0.0) for id_ in range(len(target))])
+            return place, [*one.proposal[:place], _draw(weights, seed, position, Stream.RESIDUAL)]
+    raise AssertionError("a round ends behind its last proposal")
+
+
+def _draw(weights, seed, position, stream):
+    """The Gumbel-max trick over weights that need not sum to 1."""
+    sums = {
+        id_: math.log(weight) + gumbel(seed, position, id_, stream) for id_, weight in enumerate(weights) if weight > 0
+    }
+    return max(sums, key=sums.get)

@@ -118,7 +118,7 @@ def test_a_session_that_waits_for_its_prefill_lets_others_pass(engine, truths):
     assert [output.token_ids for output in outputs] == [long.token_ids, *truths]
 
 
-# --- ends --------------------------------------------------------------------------------------------------------------
+# --- ends ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_closed_sessions_block_is_cancelled(engine, monkeypatch, truths):
@@ -183,7 +183,7 @@ def test_a_scheduler_that_never_started_can_be_stopped(engine):
     assert isinstance(answer.exception(0), UnavailableError)
 
 
-# --- failures ----------------------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,47 @@ def test_a_failing_forward_pass(engine, monkeypatch, truths, call, failure, erro
     assert run(speak(engine, PROMPTS[2], greedy(NEW))).token_ids == truths[2]
 
 
+def test_a_session_that_fails_a_step_fails_alone(engine, monkeypatch, truths):
+    """When a step for several sessions fails, each gets a step of its own: only those that fail again fail."""
+    logits = engine.model.runner.logits
+    others = [prompt for prompt in PROMPTS if prompt is not PROMPTS[1]]
+
+    def fail(first_slot, token_ids, starts, length):
+        # The last token of the second prompt, in whichever step it is fed.
+        place = [PROMPTS[1][-1], len(PROMPTS[1]) - 1]
+        if place in torch.stack([token_ids[:, 0], starts], dim=1).tolist():
+            raise RuntimeError("this one")
+        return logits(first_slot, token_ids, starts, length)
+
+    monkeypatch.setattr(engine.model.runner, "logits", fail)
+
+    async def failing():
+        with pytest.raises(InternalError):
+            await speak(engine, PROMPTS[1], greedy(NEW))
+
+    _, *outputs = together(failing(), *(speak(engine, prompt, greedy(NEW)) for prompt in others))
+    assert [output.token_ids for output in outputs] == [truths[0], *truths[2:]]
+
+
+def test_an_engine_thread_that_fails_says_so(tiny, load):
+    """Should the thread itself fail, whoever watches is told, and what waits or comes later fails as unavailable."""
+    engine, told = load("llama", slots=1), []
+    scheduler = Scheduler(Verifier(engine.model.runner, 8), prefill_chunk=CHUNK, on_failure=told.append)
+
+    class Broken:
+        @property
+        def closed(self):
+            raise ZeroDivisionError
+
+    answers = [scheduler.submit(Broken(), ()), scheduler.submit(new_session(0, PROMPTS[0]), ())]
+    scheduler.start()
+    assert all(isinstance(answer.exception(30), UnavailableError) for answer in answers)
+    scheduler.stop()
+    assert told == ["the engine failed: ZeroDivisionError"]
+    with pytest.raises(UnavailableError):
+        scheduler.submit(new_session(0, PROMPTS[0]), ())
+
+
 @pytest.fixture
 def poison(engine):
     """An id whose embedding is not a number: whoever says it has no finite logits from then on."""
@@ -223,7 +264,7 @@ def poison(engine):
 
 @pytest.mark.parametrize("place", [0, 40, -1], ids=["first", "middle", "last"])
 def test_logits_that_are_not_finite_fail_one_session(engine, truths, poison, place):
-    """That session ends with an error that says so; those beside it do not notice, nor does the next one on its slot."""
+    """That session ends with an error that says so; neither those beside it nor the next one on its slot notice."""
     poisoned = list(PROMPTS[3])
     poisoned[place] = poison
 
@@ -263,7 +304,7 @@ def test_a_proposal_that_breaks_the_model_is_only_a_bad_proposal(engine, truths,
         assert said.token_ids == truth
 
 
-# --- slots -------------------------------------------------------------------------------------------------------------
+# --- slots -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_session_writes_into_another_ones_slot(engine):

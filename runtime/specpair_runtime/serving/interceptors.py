@@ -131,6 +131,9 @@ async def _answer(handler: _Handler, request: Any, context: _Context) -> Any:  #
 async def _abort(context: _Context, error: SpecpairError, request_id: str) -> None:
     status = rpc_status.to_status(to_status(error))
     trailing = (*_trailing(context, request_id), *status.trailing_metadata)
+    if error.retry_after is not None:
+        # What gRPC's own retries go by.
+        trailing = (*trailing, ("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))))
     await context.abort(status.code, status.details, trailing)
 
 

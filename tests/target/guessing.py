@@ -1,0 +1,107 @@
+"""Sessions with all that their verdicts say, and a proposer that is at times right, nearly right, or wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from specpair.v1.common_pb2 import FinishReason
+from specpair_runtime.sampling.logprobs import PositionLogprobs
+from specpair_runtime.sampling.rejection import SparseProbs
+from specpair_target.engine import Engine
+from specpair_target.sessions import TurnOptions
+from specpair_target.verifier import Judgement
+
+from ..tiny import VOCABULARY
+from .driving import open_session
+
+
+@dataclass(frozen=True)
+class Round:
+    """A block behind the tokens of its session, and what the target said to it."""
+
+    tokens: list[int]
+    proposal: list[int]
+    draft_probs: list[SparseProbs]
+    judgement: Judgement
+
+
+@dataclass
+class Told:
+    """What a session was told, from its start to the end of its turn."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
+    rounds: list[Round] = field(default_factory=list)
+
+
+class Guesser:
+    """Proposes ids of any length; what it knows is the `truth`, a session's tokens, and at some positions `likely`
+    others. Under the rejection rule it makes up what it sampled from, or says that it is certain.
+    """
+
+    def __init__(
+        self,
+        truth: Sequence[int],
+        seed: int,
+        rejection: bool = False,
+        likely: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self._truth, self._rejection, self._likely = truth, rejection, likely or {}
+        self._random = random.Random(seed)
+
+    def __call__(self, tokens: Sequence[int], most: int) -> tuple[list[int], list[SparseProbs]]:
+        right = self._random.choice((0.3, 0.8, 1.0))
+        first, count = len(tokens), self._random.randint(0, most)
+        ids = [self._guess(position, right) for position in range(first, first + count)]
+        if self._rejection and self._random.random() < 0.7:
+            return ids, [self._distribution(first + place, id_) for place, id_ in enumerate(ids)]
+        return ids, []
+
+    def _guess(self, position: int, right: float) -> int:
+        if position < len(self._truth) and self._random.random() < right:
+            return self._truth[position]
+        return self._random.choice([*self._likely.get(position, ()), self._random.randrange(VOCABULARY)])
+
+    def _distribution(self, position: int, proposed: int) -> SparseProbs:
+        others = [self._guess(position, 0.2) for _ in range(self._random.randint(0, 6))]
+        support = sorted({proposed, *others})
+        weights = [self._random.random() + 0.05 for _ in support]
+        return SparseProbs(support, [weight / sum(weights) for weight in weights])
+
+
+def silent(tokens: Sequence[int], most: int) -> tuple[list[int], list[SparseProbs]]:
+    """A guesser that proposes nothing, ever."""
+    return [], []
+
+
+def likely_ids(prompt: Sequence[int], heard: Told) -> dict[int, list[int]]:
+    """The most probable ids of a session at each position: what a good draft that does not know the noise proposes."""
+    return {len(prompt) + place: [id_ for id_, _ in known.top] for place, known in enumerate(heard.logprobs)}
+
+
+async def told(
+    engine: Engine,
+    prompt: Sequence[int],
+    options: TurnOptions,
+    guesser: Guesser = silent,
+    committed: Sequence[int] = (),
+) -> Told:
+    """A session from its start to the end of its turn."""
+    session = await open_session(engine, prompt, options, committed)
+    heard = Told()
+    try:
+        while not heard.finish_reason:
+            tokens = list(session.tokens)
+            ids, draft_probs = guesser(tokens, engine.width - 1)
+            judgement = (await engine.verify(session, ids, draft_probs)).judgement
+            heard.rounds.append(Round(tokens, ids, draft_probs, judgement))
+            commit = session.commit(judgement.token_ids, judgement.logprobs)
+            heard.token_ids += commit.token_ids
+            heard.logprobs += commit.logprobs
+            heard.finish_reason = commit.finish_reason
+    finally:
+        engine.close(session)
+    return heard
