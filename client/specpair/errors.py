@@ -129,7 +129,7 @@ def status_of(error: SpecpairError) -> grpc.StatusCode:
 
 
 def to_status(error: SpecpairError) -> status_pb2.Status:
-    """The google.rpc.Status of an exception: BadRequest has its field, ErrorInfo its reason, RetryInfo when to retry."""
+    """The google.rpc.Status of an exception: its field, reason and time to retry as details."""
     status = status_pb2.Status(code=status_of(error).value[0], message=str(error))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)

@@ -31,7 +31,7 @@ sampled_params = st.builds(
     SamplingParams,
     temperature=temperatures,
     top_k=st.sampled_from([0, 1, 2, 5, VOCABULARY, VOCABULARY + 1, 2**32 - 1]),
-    top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.75, 0.9, 0.999, 1.0]),
+    top_p=st.sampled_from([1e-9, 1e-6, 0.1, 0.5, 0.75, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.2, 1.0]),
     seed=seeds,
 )

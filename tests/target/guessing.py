@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from specpair.v1.common_pb2 import FinishReason
@@ -38,8 +38,8 @@ class Told:
 
 
 class Guesser:
-    """Proposes ids of any length; what it knows is the `truth`, a session's tokens, and at some positions `likely`
-    others. Under the rejection rule it makes up what it sampled from, or says that it is certain.
+    """Proposes ids of any length. It knows the `truth`, a session's tokens, and ids that are `likely` behind some
+    tokens. Under the rejection rule it makes up what it sampled from, or says that it is certain.
     """
 
     def __init__(
@@ -47,29 +47,27 @@ class Guesser:
         truth: Sequence[int],
         seed: int,
         rejection: bool = False,
-        likely: Mapping[int, Sequence[int]] | None = None,
+        likely: Callable[[Sequence[int]], Sequence[int]] = lambda tokens: (),
     ) -> None:
-        self._truth, self._rejection, self._likely = truth, rejection, likely or {}
+        self._truth, self._rejection, self._likely = truth, rejection, likely
         self._random = random.Random(seed)
 
     def __call__(self, tokens: Sequence[int], most: int) -> tuple[list[int], list[SparseProbs]]:
-        right = self._random.choice((0.3, 0.8, 1.0))
-        first, count = len(tokens), self._random.randint(0, most)
-        ids = [self._guess(position, right) for position in range(first, first + count)]
-        if self._rejection and self._random.random() < 0.7:
-            return ids, [self._distribution(first + place, id_) for place, id_ in enumerate(ids)]
-        return ids, []
+        right, certain = self._random.choice((0.3, 0.8, 1.0)), self._random.random() < 0.3
+        ids: list[int] = []
+        draft_probs: list[SparseProbs] = []
+        for _ in range(self._random.randint(0, most)):
+            before = [*tokens, *ids]
+            others = [*self._likely(before), self._random.randrange(VOCABULARY)]
+            is_right = len(before) < len(self._truth) and self._random.random() < right
+            ids.append(self._truth[len(before)] if is_right else self._random.choice(others))
+            if self._rejection and not certain:
+                draft_probs.append(self._distribution({ids[-1], *others}))
+        return ids, draft_probs
 
-    def _guess(self, position: int, right: float) -> int:
-        if position < len(self._truth) and self._random.random() < right:
-            return self._truth[position]
-        return self._random.choice([*self._likely.get(position, ()), self._random.randrange(VOCABULARY)])
-
-    def _distribution(self, position: int, proposed: int) -> SparseProbs:
-        others = [self._guess(position, 0.2) for _ in range(self._random.randint(0, 6))]
-        support = sorted({proposed, *others})
+    def _distribution(self, support: Collection[int]) -> SparseProbs:
         weights = [self._random.random() + 0.05 for _ in support]
-        return SparseProbs(support, [weight / sum(weights) for weight in weights])
+        return SparseProbs(sorted(support), [weight / sum(weights) for weight in weights])
 
 
 def silent(tokens: Sequence[int], most: int) -> tuple[list[int], list[SparseProbs]]:
@@ -77,9 +75,10 @@ def silent(tokens: Sequence[int], most: int) -> tuple[list[int], list[SparseProb
     return [], []
 
 
-def likely_ids(prompt: Sequence[int], heard: Told) -> dict[int, list[int]]:
-    """The most probable ids of a session at each position: what a good draft that does not know the noise proposes."""
-    return {len(prompt) + place: [id_ for id_, _ in known.top] for place, known in enumerate(heard.logprobs)}
+def most_probable(prompt: Sequence[int], heard: Told) -> Callable[[Sequence[int]], Sequence[int]]:
+    """What a draft as good as the target, but without its noise, finds likely along what a session said."""
+    ids = {len(prompt) + place: [id_ for id_, _ in known.top] for place, known in enumerate(heard.logprobs)}
+    return lambda tokens: ids.get(len(tokens), ())
 
 
 async def told(

@@ -16,7 +16,7 @@ from specpair_target.sessions import TurnOptions
 from ..sampling.penalties import PresenceAndFrequency, penalties, truncations
 from ..tiny import VOCABULARY, random_ids, tiny_tokenizer
 from .driving import PROPOSERS, nobody, run, speak, together
-from .guessing import Guesser, likely_ids, told
+from .guessing import Guesser, most_probable, told
 
 NEW = 18
 PROMPTS = [random_ids(length, seed=7) for length in (1, 6, 33, 50)]
@@ -172,7 +172,7 @@ def test_no_proposal_changes_any_mixture_of_options(engine_of, sessions, seed):
     asked = []
     for number, ((options, prompt, cut), own) in enumerate(zip(sessions, alone, strict=True)):
         truth, rejection = [*prompt, *own.token_ids], options.sampling.rejection
-        guesser = Guesser(truth, seed + number, rejection, likely_ids(prompt, own))
+        guesser = Guesser(truth, seed + number, rejection, most_probable(prompt, own))
         asked.append((prompt, options, guesser, own.token_ids[: min(cut, len(own.token_ids) - 1)]))
     beside = together(*(told(engine, *session) for session in asked))
     for (_, options, _, committed), own, heard in zip(asked, alone, beside, strict=True):

@@ -118,6 +118,40 @@ def test_a_session_that_waits_for_its_prefill_lets_others_pass(engine, truths):
     assert [output.token_ids for output in outputs] == [long.token_ids, *truths]
 
 
+def test_a_round_costs_one_step(engine, monkeypatch, truths):
+    """Whatever is accepted or rejected, a session that has its prompt in the cache needs one forward pass a round."""
+    steps = []
+    logits = engine.model.runner.logits
+    monkeypatch.setattr(engine.model.runner, "logits", lambda *args: steps.append(args) or logits(*args))
+    for proposer in PROPOSERS.values():
+        for prompt, truth in zip(PROMPTS, truths, strict=True):
+            output = run(speak(engine, prompt, greedy(NEW), proposer([*prompt, *truth])))
+            assert len(steps) == output.rounds
+            steps.clear()
+
+
+def test_every_position_is_judged_over_its_own_length(engine, monkeypatch, tiny):
+    """Blocks across the border of two attended lengths are cut there, proposals and replayed tokens alike: which length
+    a position is computed with does not depend on the block that it comes in."""
+    prompt = random_ids(240, seed=5)
+    truth = tiny.reference("llama").greedy(prompt, 30)
+    runner, verifier = engine.model.runner, engine._scheduler._verifier
+    verify, seen = verifier.verify, []
+
+    def spy(first_slot, rows, length):
+        for row in rows:
+            if row.start != runner.parking:
+                seen.extend((position, length) for position in range(row.start, row.start + len(row.token_ids)))
+        return verify(first_slot, rows, length)
+
+    monkeypatch.setattr(verifier, "verify", spy)
+    for cut in (0, 10, 15, 25):
+        propose = PROPOSERS["oracle"]([*prompt, *truth, *random_ids(8)])
+        assert run(speak(engine, prompt, greedy(30), propose, truth[:cut])).token_ids == truth[cut:]
+    assert {position for position, _ in seen} >= set(range(239, 268))
+    assert all(length == runner.bucket(position) for position, length in seen)
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 
