@@ -106,6 +106,8 @@ class TinyModels:
     """Builds each model once and saves it in a directory of its own below `root`."""
 
     def __init__(self, root: Path) -> None:
+        # Threads would only wait for each other.
+        torch.set_num_threads(1)
         self._root = root
         self._references: dict[str, Reference] = {}
 
