@@ -110,12 +110,15 @@ def test_an_interrupt_stops_both_services(install, models, number):
     """Ctrl-C and SIGTERM end the services too, with no traceback."""
     install()
     process = demo(models, "--repeats", "100000")
-    end = time.monotonic() + 30
-    while len(pids := children(process)) < 2 and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    try:
+        end = time.monotonic() + 30
+        while len(pids := children(process)) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.terminate()
     assert process.returncode == 128 + number
     assert all(gone(pid) for pid in pids)
     assert "Traceback" not in errors
