@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +21,7 @@ CHUNK = 16
 PROMPTS = [random_ids(length) for length in (1, CHUNK, CHUNK + 1, WINDOW + 3, 75, 100)]
 NEW = 14
 RUNS = [(name, attention) for name in SERVED for attention in ("sdpa", "eager")]
-RUNS += [(GPT_OSS, "eager"), (LONG_ROPE, "sdpa")]
+RUNS += [(GPT_OSS, "eager"), (LONG_ROPE, "sdpa"), (LONG_ROPE, "eager")]
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,13 @@ def test_positions_with_other_rotary_frequencies_are_refused(path_of):
     with pytest.raises(ModelLoadError, match=f"at most {SHORT}") as refused:
         load(path_of(LONG_ROPE), max_length=SHORT + 1)
     assert refused.value.field == "max_length"
+
+
+def test_the_documentation_lists_what_is_tested():
+    """Each family of these tests has its row in docs/models.md, which says what they show."""
+    text = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    said = {name: (sdpa, eager) for names, sdpa, eager, *_ in rows for name in (names, *names.split(", "))}
+    assert {name: said[name] for name in SERVED} == dict.fromkeys(SERVED, ("runs", "runs"))
+    assert said[GPT_OSS] == ("refused", "runs")
+    assert {said[name] for name in (BLOOM, LLAMA_4, *RECURRENT)} == {("refused", "refused")}

@@ -13,7 +13,7 @@ from specpair_target.engine import Engine
 from specpair_target.sessions import TurnOptions
 from specpair_target.verifier import Judgement
 
-from ..tiny import VOCABULARY
+from ..tiny import VOCABULARY, Reference
 from .driving import open_session
 
 
@@ -79,6 +79,11 @@ def most_probable(prompt: Sequence[int], heard: Told) -> Callable[[Sequence[int]
     """What a draft as good as the target, but without its noise, finds likely along what a session said."""
     ids = {len(prompt) + place: [id_ for id_, _ in known.top] for place, known in enumerate(heard.logprobs)}
     return lambda tokens: ids.get(len(tokens), ())
+
+
+def best_of(reference: Reference) -> Callable[[Sequence[int]], Sequence[int]]:
+    """The two most probable ids behind any tokens, as transformers computes them."""
+    return lambda tokens: reference.logits(tokens).topk(2).indices.tolist()
 
 
 async def told(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 from ..tiny import random_ids
@@ -10,6 +13,7 @@ from .driving import PROPOSERS, greedy, run, speak, together
 NEW = 12
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 # torch warns about itself while its compiler is imported.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_target_equals_generate_and_compiles_nothing_later(tiny, load):

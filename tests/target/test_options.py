@@ -16,7 +16,7 @@ from specpair_target.sessions import TurnOptions
 from ..sampling.penalties import PresenceAndFrequency, penalties, truncations
 from ..tiny import VOCABULARY, random_ids, tiny_tokenizer
 from .driving import PROPOSERS, nobody, run, speak, together
-from .guessing import Guesser, most_probable, told
+from .guessing import Guesser, best_of, most_probable, told
 
 NEW = 18
 PROMPTS = [random_ids(length, seed=7) for length in (1, 6, 33, 50)]
@@ -243,7 +243,7 @@ def assert_logprobs(reference, prompt, heard, top):
     [
         SamplingParams(),
         SamplingParams(temperature=0.8, top_p=0.9, seed=1),
-        SamplingParams(temperature=1.2, rejection=True, seed=2),
+        SamplingParams(temperature=0.6, rejection=True, seed=2),
         SamplingParams(temperature=1.0, repetition_penalty=1.5, logit_bias=((3, 5.0),), seed=3),
     ],
     ids=["greedy", "coupled", "rejection", "penalized"],
@@ -256,7 +256,9 @@ def test_logprobs_equal_a_full_forward(tiny, engine_of, params, top):
     alone = [run(speak(engine, prompt, options)) for prompt in PROMPTS]
     heard = together(
         *(
-            told(engine, prompt, options, Guesser([*prompt, *output.token_ids], n, params.rejection))
+            told(
+                engine, prompt, options, Guesser([*prompt, *output.token_ids], n, params.rejection, best_of(reference))
+            )
             for n, (prompt, output) in enumerate(zip(PROMPTS, alone, strict=True))
         )
     )

@@ -26,7 +26,7 @@ from ..sampling.chi_square import chi_square
 from ..sampling.penalties import reference_penalties
 from ..tiny import random_ids
 from .driving import open_session, together
-from .guessing import Guesser, told
+from .guessing import Guesser, best_of, told
 
 CPU = torch.device("cpu")
 PASSES = 1e-3
@@ -212,13 +212,9 @@ def test_every_verdict_is_the_law(tiny, engine_of, params):
     reference, engine = tiny.reference("llama"), engine_of("llama")
     prompts = [random_ids(length, seed=6) for length in (1, 4, 20, 40)]
     turns = [TurnOptions(sampling=replace(params, seed=seed), max_new_tokens=30) for seed in range(len(prompts))]
-
-    def likely(tokens):
-        return reference.logits(tokens).topk(2).indices.tolist()
-
     heard = together(
         *(
-            told(engine, prompt, turn, Guesser((), turn.sampling.seed, True, likely))
+            told(engine, prompt, turn, Guesser((), turn.sampling.seed, True, best_of(reference)))
             for prompt, turn in zip(prompts, turns, strict=True)
         )
     )
