@@ -75,7 +75,7 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     SOURCE_NGRAM: _Source.ValueType  # 3
     """Prompt lookup: the continuation of an earlier occurrence of the last n tokens."""
     SOURCE_PREDICTION: _Source.ValueType  # 4
-    """The caller's own predicted output. Not carried out yet."""
+    """A text that the caller gave beforehand: its own prediction of the output, or a corpus."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper):
     """Who proposed a token."""
@@ -88,7 +88,7 @@ SOURCE_MODEL: Source.ValueType  # 2
 SOURCE_NGRAM: Source.ValueType  # 3
 """Prompt lookup: the continuation of an earlier occurrence of the last n tokens."""
 SOURCE_PREDICTION: Source.ValueType  # 4
-"""The caller's own predicted output. Not carried out yet."""
+"""A text that the caller gave beforehand: its own prediction of the output, or a corpus."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 class _FinishReason:

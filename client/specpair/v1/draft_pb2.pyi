@@ -118,7 +118,6 @@ class ProposeStart(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PROPOSER_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    PREDICTION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LENGTH_FIELD_NUMBER: _builtins.int
     proposer: _common_pb2.Source.ValueType
     """SOURCE_MODEL or SOURCE_NGRAM. Unspecified: the service's first choice."""
@@ -134,10 +133,6 @@ class ProposeStart(_message.Message):
     def sampling(self) -> _common_pb2.SamplingParams:
         """The target's parameters: the draft samples with the same processors and the same noise."""
 
-    @_builtins.property
-    def prediction_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The turn's output as the caller predicted it, for SOURCE_PREDICTION. Not carried out yet."""
-
     def __init__(
         self,
         *,
@@ -145,12 +140,11 @@ class ProposeStart(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         proposer: _common_pb2.Source.ValueType = ...,
         session_id: _builtins.str = ...,
-        prediction_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_length: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length", "prompt_length", b"prompt_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length", "prediction_token_ids", b"prediction_token_ids", "prompt_length", b"prompt_length", "proposer", b"proposer", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length", "prompt_length", b"prompt_length", "proposer", b"proposer", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_length: _TypeAlias = _typing.Literal["prompt_length"]  # noqa: Y015
     _WhichOneofArgType__prompt_length: _TypeAlias = _typing.Literal["_prompt_length", b"_prompt_length"]  # noqa: Y015
@@ -192,12 +186,23 @@ class ProposeAsk(_message.Message):
     FROM_POSITION_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    PROPOSALS_FIELD_NUMBER: _builtins.int
+    MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Chosen by the client, returned in the proposal."""
     from_position: _builtins.int
     """The session's tokens from this position on are replaced by `token_ids`. Everything before it stays."""
     max_tokens: _builtins.int
     """Most ids to propose, 1 to 64."""
+    proposals: _builtins.int
+    """How many proposals to send, 1 (also for 0) to 16. Each further one continues the one before it, as if the session
+    had gone on with exactly its ids; it is sent as soon as it is ready, after what other sessions asked for. The next
+    ask ends them: proposals of an earlier round may still be on their way then.
+    """
+    min_confidence: _builtins.float
+    """End a proposal before the first id at which the draft's probability of the proposal so far falls below this, in
+    [0, 1). The first id is always proposed. 0: never.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the target committed there since the last ask."""
@@ -209,10 +214,12 @@ class ProposeAsk(_message.Message):
         from_position: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         max_tokens: _builtins.int = ...,
+        proposals: _builtins.int = ...,
+        min_confidence: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_position", b"from_position", "max_tokens", b"max_tokens", "round", b"round", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_position", b"from_position", "max_tokens", b"max_tokens", "min_confidence", b"min_confidence", "proposals", b"proposals", "round", b"round", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -230,6 +237,7 @@ class Proposal(_message.Message):
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     QUEUE_US_FIELD_NUMBER: _builtins.int
     DRAFT_US_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     base_length: _builtins.int
     """Tokens of the session that the proposal continues."""
@@ -237,7 +245,9 @@ class Proposal(_message.Message):
     queue_us: _builtins.int
     """Time waiting for the engine."""
     draft_us: _builtins.int
-    """Time of the draft's forward passes, or of the lookup."""
+    """Time of the draft's forward passes since the ask came, or of the lookup. What had been drafted ahead took none."""
+    index: _builtins.int
+    """Which of the ask's proposals this is: 0 answers the ask, n continues proposal n - 1."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Possibly none."""
@@ -248,7 +258,9 @@ class Proposal(_message.Message):
 
     @_builtins.property
     def confidence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The draft's own probability of each id, as far as known. Not filled in yet."""
+        """The draft's own probability of each id, given those before it. Empty from prompt lookup, and with
+        `min_confidence` 0.
+        """
 
     def __init__(
         self,
@@ -261,10 +273,11 @@ class Proposal(_message.Message):
         confidence: _abc.Iterable[_builtins.float] | None = ...,
         queue_us: _builtins.int = ...,
         draft_us: _builtins.int = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "confidence", b"confidence", "draft_probs", b"draft_probs", "draft_us", b"draft_us", "queue_us", b"queue_us", "round", b"round", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "confidence", b"confidence", "draft_probs", b"draft_probs", "draft_us", b"draft_us", "index", b"index", "queue_us", b"queue_us", "round", b"round", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

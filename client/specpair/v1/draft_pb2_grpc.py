@@ -60,8 +60,8 @@ class DraftServiceServicer(object):
 
     def Propose(self, request_iterator, context):
         """A session: one stream is one KV slot, held until the stream ends. The client sends `start`, then one `ask` per
-        round; the service answers `start` with `started` and every `ask` with one proposal, in order. A further `start`
-        begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
+        round; the service answers `start` with `started` and every `ask` with as many proposals as it names, in order. A
+        further `start` begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,8 +39,8 @@ class DraftServiceStub:
     """Answers in every phase, also while the model loads."""
     Propose: _grpc.StreamStreamMultiCallable[_draft_pb2.ProposeRequest, _draft_pb2.ProposeResponse]
     """A session: one stream is one KV slot, held until the stream ends. The client sends `start`, then one `ask` per
-    round; the service answers `start` with `started` and every `ask` with one proposal, in order. A further `start`
-    begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
+    round; the service answers `start` with `started` and every `ask` with as many proposals as it names, in order. A
+    further `start` begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
     """
 
 @_typing.type_check_only
@@ -52,8 +52,8 @@ class DraftServiceAsyncStub(DraftServiceStub):
     """Answers in every phase, also while the model loads."""
     Propose: _aio.StreamStreamMultiCallable[_draft_pb2.ProposeRequest, _draft_pb2.ProposeResponse]  # type: ignore[assignment]
     """A session: one stream is one KV slot, held until the stream ends. The client sends `start`, then one `ask` per
-    round; the service answers `start` with `started` and every `ask` with one proposal, in order. A further `start`
-    begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
+    round; the service answers `start` with `started` and every `ask` with as many proposals as it names, in order. A
+    further `start` begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
     """
 
 class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -74,8 +74,8 @@ class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_draft_pb2.ProposeResponse], _abc.AsyncIterator[_draft_pb2.ProposeResponse]]:
         """A session: one stream is one KV slot, held until the stream ends. The client sends `start`, then one `ask` per
-        round; the service answers `start` with `started` and every `ask` with one proposal, in order. A further `start`
-        begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
+        round; the service answers `start` with `started` and every `ask` with as many proposals as it names, in order. A
+        further `start` begins the next turn; what its tokens share with those of the last turn stays in the KV cache.
         """
 
 def add_DraftServiceServicer_to_server(servicer: DraftServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
