@@ -67,9 +67,9 @@ def decode(runner: ModelRunner, width: int, *, slot: int = 0, offset: int = 0, b
 
 
 def kv(runner: ModelRunner, slot: int) -> torch.Tensor:
-    return torch.stack(
-        [kind[slot, :, : len(IDS)] for layer in runner._cache.layers for kind in (layer.keys, layer.values)]
-    )
+    layers = runner._cache.layers
+    keys = [layer.keys[slot].mT if layer.columns else layer.keys[slot] for layer in layers]
+    return torch.stack([kind[:, : len(IDS)] for kind in [*keys, *(layer.values[slot] for layer in layers)]])
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ class ModelConfig(ServiceConfig):
     queue: int = Field(64, ge=0, le=100_000, description="Sessions that may wait for a slot.")
     queue_timeout: float = Field(30.0, ge=0, description="Seconds that a session waits for a slot at most.")
     prefill_chunk: int = Field(256, ge=1, le=8192, description="Most prompt tokens in one forward pass.")
+    lean: bool = Field(
+        True, description="Prepare the weights for steps of few rows; off: the model's own layers as they are."
+    )
     deterministic: bool = Field(
         False, description="Run every step over all slots, for hardware whose results depend on the batch size."
     )

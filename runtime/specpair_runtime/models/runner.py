@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from specpair_runtime.models.attention import registered_name
+from specpair_runtime.models.lean import LeanDecoder
 from specpair_runtime.models.masks import AttentionMasks
 from specpair_runtime.models.options import SdpaBackendName
 from specpair_runtime.models.slot_cache import SlotCache
@@ -51,7 +52,7 @@ class ModelRunner:
     `max_length` positions of each slot are usable; `scratch` more are there for rows that pad a step beyond them, and
     for the rows of slots that only lie between others (`parking`): no session ever attends to those.
     `vocabulary` cuts the padding of the embedding matrix off the logits. A `deterministic` runner takes all slots into
-    every step, so that its shape never depends on who else is there.
+    every step, so that its shape never depends on who else is there. `lean` computes in place of the model's own code.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class ModelRunner:
         compile_: CompileOptions | None = None,
         sdpa_backend: SdpaBackendName = "auto",
         deterministic: bool = False,
+        lean: LeanDecoder | None = None,
     ) -> None:
         self.model = model
+        self._lean = lean
         self.device: torch.device = model.device
         self.slots = slots
         self.max_length = max_length
@@ -79,7 +82,7 @@ class ModelRunner:
         self._flash = model.config._attn_implementation == registered_name("flash_attention_2")
         self._sdpa_backend = _SDPA_BACKENDS.get(sdpa_backend)
         capacity = -(-(max_length + scratch) // 64) * 64
-        self._cache = SlotCache(model.config, slots, capacity, self.device)
+        self._cache = SlotCache(model.config, slots, capacity, self.device, columns=lean is not None and lean.columns)
         self._masks = AttentionMasks(model.config, model.dtype, counts_only=self._flash)
         self._step = self._logits
         if compile_ is not None:
@@ -127,8 +130,9 @@ class ModelRunner:
         `length` is the `bucket` of the sessions that matter. A slot whose rows start at 0 is cleared before. Returns
         logits of [batch, rows, vocabulary] in the model's dtype, on its device.
         """
-        for row in (starts == 0).nonzero()[:, 0].tolist():
-            self._cache.clear(first_slot + row)
+        for row, start in enumerate(starts.tolist()):
+            if start == 0:
+                self._cache.clear(first_slot + row)
         with self._kernels():
             return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
 
@@ -161,7 +165,7 @@ class ModelRunner:
         positions = self._positions(ids, torch.tensor([start]))
         length = self.bucket(start, len(token_ids))
         with self._kernels():
-            self._forward(self.model.base_model, slot, ids.to(self.device), positions, length)
+            self._forward(slot, ids.to(self.device), positions, length, logits=False)
 
     def _kernels(self) -> AbstractContextManager[None]:
         return nullcontext() if self._sdpa_backend is None else sdpa_kernel(self._sdpa_backend)
@@ -170,20 +174,25 @@ class ModelRunner:
         return (starts[:, None] + torch.arange(token_ids.shape[1])).to(self.device)
 
     def _logits(self, first_slot: int, token_ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        logits: torch.Tensor = self._forward(self.model, first_slot, token_ids, positions, length).logits
-        return logits[..., : self.vocabulary]
+        return self._forward(first_slot, token_ids, positions, length, logits=True)[..., : self.vocabulary]
 
     def _forward(
-        self, model: torch.nn.Module, first_slot: int, token_ids: torch.Tensor, positions: torch.Tensor, length: int
-    ) -> Any:  # noqa: ANN401 - transformers' output classes are untyped
-
+        self, first_slot: int, token_ids: torch.Tensor, positions: torch.Tensor, length: int, *, logits: bool
+    ) -> torch.Tensor:
+        """Logits, or hidden states where the KV alone is wanted."""
         view = self._cache.view
         view.positions, view.first_slot, view.length = positions, first_slot, length
-        return model(
+        masks = self._masks.build(positions, length)
+        if self._lean is not None:
+            return (self._lean.logits if logits else self._lean.hidden)(token_ids, masks, self._cache)
+        model: Any = self.model if logits else self.model.base_model
+        output = model(
             input_ids=token_ids,
-            attention_mask=self._masks.build(positions, length),
+            attention_mask=masks,
             # Rows that pad a step may stand beyond the last position that the model knows.
             position_ids=positions.clamp(max=self.max_length - 1),
             past_key_values=self._cache,
             use_cache=True,
         )
+        result: torch.Tensor = output[0]
+        return result
