@@ -13,33 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from specpair_runtime.models.runner import ModelRunner
-from specpair_runtime.sampling.acceptance import accepted_lengths, leading
-from specpair_runtime.sampling.choice import sample
-from specpair_runtime.sampling.history import TokenHistory, apply_histories
 from specpair_runtime.sampling.logprobs import PositionLogprobs, read_logprobs
-from specpair_runtime.sampling.params import GREEDY, SamplingBatch, SamplingParams
-from specpair_runtime.sampling.processors import process
-from specpair_runtime.sampling.rejection import SparseProbs, judge_by_rejection
+from specpair_target.judging import Block, Row, judge
 
 __all__ = ["Judgement", "Row", "Trace", "Verifier"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One slot's part of a step: `token_ids` go to positions from `start` on, padded to the width.
-
-    The first id is the last committed token, the others are proposals. `draft_probs` are what those were sampled from,
-    for the rejection rule. `top_logprobs` asks for log probabilities: of the chosen token and of so many others.
-    `traced` asks for what the judgement was based on.
-    """
-
-    start: int
-    token_ids: Sequence[int]
-    params: SamplingParams = GREEDY
-    history: TokenHistory | None = None
-    draft_probs: Sequence[SparseProbs] = ()
-    top_logprobs: int | None = None
-    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +58,15 @@ class Verifier:
         logits = self.runner.logits(first_slot, token_ids, starts, length)  # [batch, width, vocabulary]
 
         device = logits.device
-        proposed = token_ids[:, 1:].to(device)  # [batch, width - 1]
-        positions = (starts[:, None] + 1 + torch.arange(self.width)).to(device)  # of the tokens to choose
-        counts = torch.tensor([len(row.token_ids) - 1 for row in rows], device=device)  # [batch]
-        accepted, choices, scores = self._judge(logits.float(), proposed, positions, counts, rows)
-        judged = torch.arange(self.width, device=device) <= counts[:, None]  # [batch, width]
-        finite = (logits.amax(dim=-1).isfinite() | ~judged).all(dim=-1)  # [batch]
+        block = Block(
+            proposed=token_ids[:, 1:].to(device),
+            counts=torch.tensor([len(row.token_ids) - 1 for row in rows], device=device),
+            positions=(starts[:, None] + 1 + torch.arange(self.width)).to(device),
+        )
+        best = logits.max(dim=-1)  # [batch, width]
+        accepted, choices, scores = judge(logits, best.indices, block, rows)
+        judged = torch.arange(self.width, device=device) <= block.counts[:, None]
+        finite = (best.values.isfinite() | ~judged).all(dim=-1)  # [batch]
 
         # The one copy from device to host, [batch, 2 + width].
         verdicts = torch.cat([accepted[:, None], finite[:, None], choices], dim=1).tolist()
@@ -96,41 +76,13 @@ class Verifier:
         logprobs = read_logprobs(logits, spoken, [row.top_logprobs for row in rows])
         forward_us = (time.perf_counter_ns() - began) // 1000
         traces = [
-            Trace(logits[index, : len(row.token_ids)].float().cpu(), scores[index, : len(row.token_ids)].cpu())
-            if row.traced
-            else None
+            Trace(logits[index, : len(row.token_ids)].float().cpu(), scores[index].cpu()) if row.traced else None
             for index, row in enumerate(rows)
         ]
         return [
             Judgement(said[0], tokens, bool(said[1]), forward_us, known, trace)
             for said, tokens, known, trace in zip(verdicts, spoken, logprobs, traces, strict=True)
         ]
-
-    def _judge(
-        self,
-        logits: torch.Tensor,
-        proposed: torch.Tensor,
-        positions: torch.Tensor,
-        counts: torch.Tensor,
-        rows: Sequence[Row],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """How many proposals each session accepts, [batch]; the target's own token at each place, [batch, width]; and
-        the processed scores that decided, [batch, width, vocabulary].
-        """
-        params = SamplingBatch.of([row.params for row in rows], logits.device)
-        scores = apply_histories(logits, proposed, positions, [row.history for row in rows])
-        if not params.any_sampled:
-            choices = scores.argmax(dim=-1)
-            return accepted_lengths(choices, proposed, counts), choices, scores
-        scores = process(scores, params)
-        choices = sample(scores, positions, params)
-        accepted = accepted_lengths(choices, proposed, counts)
-        if params.any_rejection:
-            draft_probs = [row.draft_probs for row in rows]
-            kept, replaced = judge_by_rejection(scores, proposed, counts, positions, params, draft_probs)
-            accepted = torch.where(params.rejection, leading(kept, counts), accepted)
-            choices = torch.where(params.rejection[:, None], replaced, choices)
-        return accepted, choices, scores
 
     def _pad(self, token_ids: Sequence[int]) -> list[int]:
         return [*token_ids, *[0] * (self.width - len(token_ids))]

@@ -24,8 +24,6 @@ import torch
 
 __all__ = ["Stream", "gumbel_noise", "uniform_noise"]
 
-_MASK = 0xFFFFFFFF
-
 
 class Stream(IntEnum):
     """Independent noises under one seed."""
@@ -40,34 +38,45 @@ class Stream(IntEnum):
     """The replacement of a rejected token."""
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The hash of each element; int64 in and out, values in [0, 2**32)."""
-    # Products of two 32-bit numbers wrap modulo 2**64, which leaves their low 32 bits right.
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)
-
-
 def uniform_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int, stream: Stream = Stream.TARGET
+    seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor | int, stream: Stream = Stream.TARGET
 ) -> torch.Tensor:
-    """Uniform noise of [..., vocabulary] in float64 for `seeds` and `positions` of one shape [...], int64.
+    """Uniform noise of [..., ids] in float64 for `seeds` and `positions` of one shape [...], int64.
 
-    A seed is any 64-bit pattern, held in int64.
+    A seed is any 64-bit pattern, held in int64. `ids` is [ids], the same everywhere, or [..., ids], or the size of a
+    vocabulary, of which all are meant.
     """
-    low, high = seeds & _MASK, (seeds >> 32) & _MASK
-    key = _mix((_mix(low) + high) & _MASK) ^ ((stream * 0x85EBCA6B) & _MASK)
-    a = _mix((key + positions) & _MASK)[..., None]
-    b = _mix(a ^ 0x9E3779B9)
-    ids = torch.arange(vocabulary, device=seeds.device)
-    h = _mix((_mix((ids + a) & _MASK) + b) & _MASK)
-    return (h.to(torch.float64) + 0.5) * 2.0**-32
+    if isinstance(ids, int):
+        ids = torch.arange(ids, device=seeds.device)
+    low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
+    key = _mix(_mix(low) + high) ^ _signed(stream * 0x85EBCA6B)
+    a = _mix(key + positions.to(torch.int32))[..., None]
+    b = _mix(a ^ _signed(0x9E3779B9))
+    h = _mix(_mix(ids.to(torch.int32) + a).add_(b))
+    middle = h.to(torch.float64).add_(0.5)
+    # The pattern read as an unsigned number.
+    return torch.where(h < 0, middle + 2.0**32, middle).mul_(2.0**-32)
 
 
 def gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int, stream: Stream = Stream.TARGET
+    seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor | int, stream: Stream = Stream.TARGET
 ) -> torch.Tensor:
-    """Gumbel noise of [..., vocabulary] in float64, arguments as for `uniform_noise`."""
-    return -torch.log(-torch.log(uniform_noise(seeds, positions, vocabulary, stream)))
+    """Gumbel noise of [..., ids] in float64, arguments as for `uniform_noise`."""
+    return uniform_noise(seeds, positions, ids, stream).log_().neg_().log_().neg_()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The hash of each element; 32-bit patterns in int32, in and out."""
+    # Sums and products wrap; a shift to the right brings in copies of the sign, which are masked away.
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x *= _signed(0x21F0AAAD)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(0x735A2D97)
+    x ^= (x >> 15) & 0x1FFFF
+    return x
+
+
+def _signed(pattern: int) -> int:
+    """The low 32 bits as int32 holds them."""
+    low = pattern & 0xFFFFFFFF
+    return low - 2**32 if low >= 2**31 else low

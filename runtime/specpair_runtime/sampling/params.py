@@ -53,7 +53,8 @@ GREEDY = SamplingParams()
 class SamplingBatch:
     """The parameters of several sessions, one row each; every tensor is [batch].
 
-    What a step can leave out is known on the host: nothing on the device has to be waited for.
+    What a step can leave out is known on the host, `sampled` being the rows that are not greedy: nothing on the device
+    has to be waited for.
     """
 
     temperature: torch.Tensor
@@ -62,11 +63,16 @@ class SamplingBatch:
     min_p: torch.Tensor
     seed: torch.Tensor
     rejection: torch.Tensor
-    any_sampled: bool
+    sampled: tuple[int, ...]
     largest_top_k: int
     any_top_p: bool
     any_min_p: bool
     any_rejection: bool
+
+    @property
+    def any_sampled(self) -> bool:
+        """Whether any session is not greedy."""
+        return bool(self.sampled)
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
@@ -81,7 +87,7 @@ class SamplingBatch:
             min_p=torch.tensor([params.min_p for params in rows], dtype=torch.float32, device=device),
             seed=torch.tensor([params.seed for params in rows], dtype=torch.int64, device=device),
             rejection=torch.tensor([params.rejection for params in rows], dtype=torch.bool, device=device),
-            any_sampled=bool(sampled),
+            sampled=tuple(row for row, params in enumerate(rows) if not params.greedy),
             largest_top_k=max((params.top_k for params in sampled), default=0),
             any_top_p=any(params.top_p < 1.0 for params in sampled),
             any_min_p=any(params.min_p > 0.0 for params in sampled),
