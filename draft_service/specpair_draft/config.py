@@ -23,6 +23,9 @@ class DraftConfig(ModelConfig):
     proposer: ProposerName = Field(
         "model", description="model proposes with --model, and by prompt lookup when asked; ngram needs no model."
     )
+    run_ahead: bool = Field(
+        True, description="Guess on with the model while nobody asks, as if all that was proposed had come true."
+    )
 
     @model_validator(mode="after")
     def _model_is_named(self) -> Self:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from specpair.errors import ProtocolError, UnavailableError
+from specpair.errors import ProtocolError, SpecpairError, UnavailableError
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 from specpair_draft import wire
+from specpair_draft.asks import Ask, Timed, Turn
 from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
-from specpair_draft.proposers import Proposer, Turn
+from specpair_draft.proposers import Proposer
 from specpair_runtime.serving import ServiceStatus, annotate
 from specpair_runtime.wire import describe_model
 
@@ -73,23 +75,88 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         turn = wire.read_turn(first.start, vocabulary)
         async with engine.proposer(first.start.proposer, context.time_remaining()) as proposer:
             annotate(session_id=first.start.session_id, source=common_pb2.Source.Name(proposer.source))
-            yield await _begin(engine, proposer, turn)
-            rounds = proposed = 0
+            stream = _Stream(proposer, vocabulary)
+            reading = asyncio.create_task(stream.read(turn, requests))
+            try:
+                while (response := await stream.next()) is not None:
+                    yield response
+                    stream.sent(response)
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+
+class _Stream:
+    """A session's requests and responses. Requests are read while proposals are sent: a further ask ends the last one.
+
+    A request is not looked at before the first answer to the one before it has been sent, so that a client cannot make
+    answers pile up that it does not read.
+    """
+
+    def __init__(self, proposer: Proposer, vocabulary: int | None) -> None:
+        self._proposer = proposer
+        self._vocabulary = vocabulary
+        self._answers: asyncio.Queue[draft_pb2.ProposeResponse | Exception | None] = asyncio.Queue()
+        self._answered = asyncio.Event()
+        # The ask that is being answered, and how many of its proposals are still to come.
+        self._ask: Ask | None = None
+        self._owed = 0
+        self._ended = False
+        self._rounds = self._proposed = 0
+
+    async def read(self, turn: Turn, requests: AsyncIterator[draft_pb2.ProposeRequest]) -> None:
+        """Begins a turn and takes the requests behind its start, to their end or to one that is bad."""
+        try:
+            self._begin(turn)
             async for request in requests:
+                await self._answered.wait()
+                self._answered.clear()
                 if request.WhichOneof("message") == "start":
-                    yield await _begin(engine, proposer, wire.read_turn(request.start, vocabulary))
-                    continue
-                ask = wire.read_ask(request, proposer.length, vocabulary)
-                timed = await engine.propose(proposer, ask)
-                rounds += 1
-                proposed += len(timed.proposal.token_ids)
-                annotate(rounds=rounds, proposed=proposed)
-                yield wire.proposal_message(request.ask.round, proposer, timed)
+                    self._begin(wire.read_turn(request.start, self._vocabulary))
+                else:
+                    self._take(request.ask.round, wire.read_ask(request, self._proposer.length, self._vocabulary))
+        except Exception as error:
+            self._answers.put_nowait(error)
+            return
+        self._ended = True
+        if not self._owed:
+            self._answers.put_nowait(None)
 
+    async def next(self) -> draft_pb2.ProposeResponse | None:
+        """The next response, None behind the last one; raises what went wrong."""
+        answer = await self._answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is not None and answer.HasField("proposal"):
+            self._rounds += answer.proposal.index == 0
+            self._proposed += len(answer.proposal.token_ids)
+            annotate(rounds=self._rounds, proposed=self._proposed)
+        return answer
 
-async def _begin(engine: Engine, proposer: Proposer, turn: Turn) -> draft_pb2.ProposeResponse:
-    """Starts a turn and prefills it: the first ask then finds the slot ready."""
-    await engine.begin(proposer, turn)
-    return draft_pb2.ProposeResponse(
-        started=draft_pb2.ProposeStarted(proposer=proposer.source, max_length=proposer.max_length)
-    )
+    def sent(self, response: draft_pb2.ProposeResponse) -> None:
+        """A response has been sent."""
+        if response.proposal.index == 0:
+            self._answered.set()
+
+    def _begin(self, turn: Turn) -> None:
+        """Starts a turn; its prefill goes on behind the answer."""
+        self._ask, self._owed = None, 0
+        self._proposer.begin(turn)
+        started = draft_pb2.ProposeStarted(proposer=self._proposer.source, max_length=self._proposer.max_length)
+        self._answers.put_nowait(draft_pb2.ProposeResponse(started=started))
+
+    def _take(self, round_: int, ask: Ask) -> None:
+        def deliver(answer: Timed | SpecpairError) -> None:
+            # What was on its way when another ask came is of no use any more.
+            if self._ask is not ask:
+                return
+            if isinstance(answer, SpecpairError):
+                self._answers.put_nowait(answer)
+                return
+            self._answers.put_nowait(wire.proposal_message(round_, self._proposer.source, answer))
+            self._owed -= 1
+            if self._ended and not self._owed:
+                self._answers.put_nowait(None)
+
+        self._ask, self._owed = ask, ask.proposals
+        self._proposer.ask(ask, deliver)

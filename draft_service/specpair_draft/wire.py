@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from specpair.errors import InvalidRequestError, ProtocolError
 from specpair.v1 import common_pb2, draft_pb2
-from specpair_draft.engine import Ask, Timed
-from specpair_draft.proposers import Proposer, Turn
+from specpair_draft.asks import Ask, Timed, Turn
 from specpair_runtime.wire import check_token_ids, read_sampling
 
 __all__ = ["proposal_message", "read_ask", "read_turn"]
 
 _MAX_PROPOSAL = 64
+_MAX_PROPOSALS = 16
 # Tokens of a session, where no slot bounds them.
 _MAX_TOKENS = 131_072
 # As long as any id that a target makes up.
@@ -30,7 +30,7 @@ def read_turn(start: draft_pb2.ProposeStart, vocabulary: int | None) -> Turn:
     prompt_length = start.prompt_length if start.HasField("prompt_length") else len(start.token_ids)
     if not 1 <= prompt_length <= len(start.token_ids):
         raise InvalidRequestError(f"must be between 1 and {len(start.token_ids)}", field="start.prompt_length")
-    return Turn(start.token_ids, prompt_length, read_sampling(start.sampling, vocabulary, "start.sampling"))
+    return Turn(list(start.token_ids), prompt_length, read_sampling(start.sampling, vocabulary, "start.sampling"))
 
 
 def read_ask(request: draft_pb2.ProposeRequest, length: int, vocabulary: int | None) -> Ask:
@@ -47,21 +47,29 @@ def read_ask(request: draft_pb2.ProposeRequest, length: int, vocabulary: int | N
     if ask.from_position + len(ask.token_ids) > _MAX_TOKENS:
         raise InvalidRequestError(f"a session has at most {_MAX_TOKENS} tokens", field="ask.token_ids")
     _check_ids(ask.token_ids, vocabulary, "ask.token_ids")
-    return Ask(ask.from_position, ask.token_ids, ask.max_tokens)
+    if ask.proposals > _MAX_PROPOSALS:
+        raise InvalidRequestError(f"must be at most {_MAX_PROPOSALS}", field="ask.proposals")
+    if not 0 <= ask.min_confidence < 1:
+        raise InvalidRequestError("must be at least 0 and below 1", field="ask.min_confidence")
+    return Ask(
+        ask.from_position, list(ask.token_ids), ask.max_tokens, max(ask.proposals, 1), min_confidence=ask.min_confidence
+    )
 
 
-def proposal_message(round_: int, proposer: Proposer, timed: Timed) -> draft_pb2.ProposeResponse:
-    """The answer to an ask."""
+def proposal_message(round_: int, source: common_pb2.Source.ValueType, timed: Timed) -> draft_pb2.ProposeResponse:
+    """One of the answers to an ask."""
     return draft_pb2.ProposeResponse(
         proposal=draft_pb2.Proposal(
             round=round_,
-            base_length=proposer.length,
+            index=timed.index,
+            base_length=timed.base_length,
             token_ids=timed.proposal.token_ids,
             draft_probs=[
                 common_pb2.SparseDistribution(token_ids=sampled.token_ids, probs=sampled.probs)
                 for sampled in timed.proposal.draft_probs
             ],
-            source=proposer.source,
+            source=source,
+            confidence=timed.proposal.confidence,
             queue_us=timed.queue_us,
             draft_us=timed.draft_us,
         )

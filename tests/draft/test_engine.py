@@ -7,11 +7,12 @@ import threading
 
 import pytest
 
-from specpair.errors import InvalidRequestError, OverloadedError
+from specpair.errors import InternalError, InvalidRequestError, OverloadedError, UnavailableError
+from specpair.v1 import common_pb2
 from specpair.v1.common_pb2 import Source
+from specpair_draft.asks import Ask, Turn
 from specpair_draft.config import DraftConfig
-from specpair_draft.engine import Ask, Engine
-from specpair_draft.proposers import NgramProposer, Turn
+from specpair_draft.engine import Engine
 from specpair_runtime.serving import ServiceStatus
 
 from ..tiny import random_ids
@@ -32,14 +33,29 @@ def turn(length, seed=0):
     return Turn(random_ids(length, seed=seed), length)
 
 
+async def answers(proposer, ask):
+    """What answers an ask, proposal by proposal; an error is raised."""
+    said = asyncio.Queue()
+    proposer.ask(ask, said.put_nowait)
+    for _ in range(ask.proposals):
+        answer = await said.get()
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
+
+
+async def propose(proposer, ask):
+    """The ids of the first proposal."""
+    return (await anext(answers(proposer, ask))).proposal.token_ids
+
+
 async def rounds(engine, prompt, count=3):
     """What a session is proposed in some rounds, of which each is accepted in part."""
     said = []
     async with engine.proposer(MODEL, None) as proposer:
-        await engine.begin(proposer, prompt)
+        proposer.begin(prompt)
         for _ in range(count):
-            ask = Ask(proposer.length, said[-1][:2] if said else [], 4)
-            said.append((await engine.propose(proposer, ask)).proposal.token_ids)
+            said.append(await propose(proposer, Ask(proposer.length, said[-1][:2] if said else [], 4)))
     return said
 
 
@@ -113,15 +129,14 @@ def test_prompt_lookup_works_without_a_model(lookup):
 
     async def check():
         async with lookup.proposer(NGRAM, None) as proposer:
-            assert isinstance(proposer, NgramProposer)
-            await lookup.begin(proposer, Turn([5, 6, 7, 8, 5, 6], 6))
-            return (await lookup.propose(proposer, Ask(6, [7], 2))).proposal.token_ids
+            proposer.begin(Turn([5, 6, 7, 8, 5, 6], 6))
+            return [timed.proposal.token_ids async for timed in answers(proposer, Ask(6, [7], 2, proposals=2))]
 
-    assert asyncio.run(check()) == [8, 5]
+    assert asyncio.run(check()) == [[8, 5], [6, 7]]
 
 
 def test_a_long_prompt_lets_others_pass(engine, monkeypatch):
-    """Between two chunks of a prompt's prefill, a round of another session is worked on."""
+    """Between two chunks of a prompt's prefill, a step of another session's round is worked on."""
     runner = engine.model.runner
     prefill, logits = runner.prefill, runner.logits
     reached, go_on = threading.Event(), threading.Event()
@@ -135,18 +150,20 @@ def test_a_long_prompt_lets_others_pass(engine, monkeypatch):
 
     async def check():
         async with engine.proposer(MODEL, None) as short, engine.proposer(MODEL, None) as long:
-            await engine.begin(short, turn(5))
+            short.begin(turn(5))
             monkeypatch.setattr(runner, "prefill", chunk)
             monkeypatch.setattr(runner, "logits", lambda *args: events.append("step") or logits(*args))
-            beginning = asyncio.create_task(engine.begin(long, turn(6 * CHUNK)))
+            long.begin(turn(6 * CHUNK))
             await asyncio.to_thread(reached.wait, 30)
-            asked = asyncio.create_task(engine.propose(short, Ask(5, [], 2)))
+            asked = asyncio.create_task(propose(short, Ask(5, [], 2)))
             await asyncio.sleep(0)
             go_on.set()
-            await asyncio.gather(beginning, asked)
+            await asked
+            await propose(long, Ask(6 * CHUNK, [], 1))
 
     asyncio.run(check())
-    assert events == ["chunk", "step", "step", *["chunk"] * 5]
+    assert events[:4] == ["chunk", "chunk", "step", "chunk"]
+    assert [events.index("step"), events.count("chunk")] == [2, 6]
 
 
 def test_a_session_that_ends_in_the_middle_of_a_round(engine, monkeypatch):
@@ -176,3 +193,116 @@ def test_a_session_that_ends_in_the_middle_of_a_round(engine, monkeypatch):
             assert await arriving == expected
 
     asyncio.run(check())
+
+
+def test_a_round_goes_on_while_others_come(engine, monkeypatch):
+    """Who asks while a step of somebody else's round is under way is in the next one."""
+    runner = engine.model.runner
+    logits = runner.logits
+    reached, go_on = threading.Event(), threading.Event()
+    sessions = []
+
+    def step(*args):
+        sessions.append(int((args[2] != runner.parking).sum()))
+        reached.set()
+        assert go_on.wait(30)
+        return logits(*args)
+
+    async def check():
+        async with engine.proposer(MODEL, None) as first, engine.proposer(MODEL, None) as second:
+            first.begin(turn(1))
+            second.begin(turn(1, seed=1))
+            monkeypatch.setattr(runner, "logits", step)
+            asked = [asyncio.create_task(propose(first, Ask(1, [], 5)))]
+            await asyncio.to_thread(reached.wait, 30)
+            asked.append(asyncio.create_task(propose(second, Ask(1, [], 4))))
+            await asyncio.sleep(0)
+            go_on.set()
+            await asyncio.gather(*asked)
+
+    asyncio.run(check())
+    assert sessions[:5] == [1, 2, 2, 2, 2]
+
+
+def test_an_engine_that_stops_says_so(load):
+    """What is asked then, and what comes later, ends with UnavailableError."""
+    engine = load("llama-small")
+    runner = engine.model.runner
+    logits = runner.logits
+    reached, go_on = threading.Event(), threading.Event()
+
+    def step(*args):
+        reached.set()
+        assert go_on.wait(30)
+        return logits(*args)
+
+    async def check():
+        async with engine.proposer(MODEL, None) as proposer:
+            proposer.begin(turn(5))
+            runner.logits = step
+            asked = asyncio.create_task(propose(proposer, Ask(5, [], 40)))
+            await asyncio.to_thread(reached.wait, 30)
+            # The step under way ends in its own time, and the round with it.
+            threading.Timer(0.1, go_on.set).start()
+            await asyncio.to_thread(engine.stop)
+            with pytest.raises(UnavailableError):
+                await asked
+            with pytest.raises(UnavailableError):
+                await propose(proposer, Ask(5, [], 4))
+            with pytest.raises(UnavailableError):
+                proposer.begin(turn(5))
+        assert engine.pool.in_use == 0
+
+    asyncio.run(check())
+
+
+def test_a_session_whose_engine_fails_is_told_and_frees_its_slot(engine, monkeypatch):
+    """Others go on, on that slot too."""
+
+    async def check():
+        expected = await rounds(engine, turn(12))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model.runner, "logits", None)
+            with pytest.raises(InternalError) as error:
+                await rounds(engine, turn(12))
+        assert error.value.reason == "ENGINE_FAILED"
+        assert engine.pool.in_use == 0
+        assert await rounds(engine, turn(12)) == expected
+
+    asyncio.run(check())
+
+
+def test_a_thread_that_fails_is_reported(load, monkeypatch):
+    """The status says that the service has failed, what is asked is answered, and nothing is asked any more."""
+    engine = load("llama-small")
+    status = ServiceStatus()
+    engine._scheduler._on_failure = status.fail
+
+    def broken():
+        raise ZeroDivisionError
+
+    async def check():
+        async with engine.proposer(MODEL, None) as proposer:
+            proposer.begin(turn(5))
+            monkeypatch.setattr(engine._scheduler._lockstep, "turn", broken)
+            with pytest.raises(UnavailableError):
+                await propose(proposer, Ask(5, [], 4))
+            with pytest.raises(UnavailableError):
+                await propose(proposer, Ask(5, [], 4))
+
+    asyncio.run(check())
+    engine.stop()
+    assert status.phase == common_pb2.PHASE_FAILED
+    assert "ZeroDivisionError" in status.snapshot.detail
+
+
+def test_without_run_ahead_nothing_is_done_unasked(load, monkeypatch):
+    """`--no-run-ahead`: as many steps as there are new ids, and never one more."""
+    engine = load("llama-small", run_ahead=False)
+    steps = []
+    logits = engine.model.runner.logits
+    monkeypatch.setattr(engine.model.runner, "logits", lambda *args: steps.append(args) or logits(*args))
+    assert len(asyncio.run(rounds(engine, turn(12), 5))) == 5
+    engine.stop()
+    # Two of the four came true, and the two behind them were there.
+    assert len(steps) == 4 + 4 * 2

@@ -1,4 +1,4 @@
-"""Proposers: what they propose depends on the tokens that they follow, not on how they came to follow them."""
+"""What a session is proposed depends on the tokens that it follows, not on how it came to follow them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from specpair.ngram import NgramIndex
-from specpair_draft.proposers import ModelProposer, NgramProposer, Turn
+from specpair.errors import InternalError
+from specpair_draft.asks import Turn
 from specpair_runtime.sampling.params import GREEDY, SamplingParams
 
 from .. import plain
 from ..tiny import VOCABULARY, random_ids
 from .conftest import CHUNK, MAX_LENGTH, SLOTS
+from .driving import Alone
 
 PARAMS = {
     "greedy": GREEDY,
@@ -43,16 +42,16 @@ def naive(tiny):
     return decode
 
 
-def proposer_of(engine, slot=0):
-    return ModelProposer(engine.model.runner, slot, CHUNK)
+def proposer_of(engine, slot=0, **options):
+    return Alone(engine.model.runner, slot, CHUNK, **options)
 
 
 class Session:
     """A session whose draft is checked against naive decoding after every turn of events."""
 
-    def __init__(self, engine, naive, prompt, params, slot=0):
+    def __init__(self, engine, naive, prompt, params, slot=0, **options):
         self.tokens = list(prompt)
-        self.proposer = proposer_of(engine, slot)
+        self.proposer = proposer_of(engine, slot, **options)
         self._naive, self._params = naive, params
         self.begin()
 
@@ -62,7 +61,6 @@ class Session:
     def follow(self, from_position, ids):
         self.tokens[from_position:] = ids
         self.proposer.follow(from_position, ids)
-        assert self.proposer.length == len(self.tokens)
 
     def propose(self, count):
         proposed = self.proposer.propose(count).token_ids
@@ -112,11 +110,13 @@ def test_after_many_tokens_at_once(engine, naive, params):
         session.propose(2)
 
 
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["asked", "ahead"])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_history(engine, naive, params, seed):
-    """Acceptance, rejection, and replacement from any earlier position, in any order."""
+def test_any_history(engine, naive, params, seed, run_ahead):
+    """Acceptance, rejection, and replacement from any earlier position, in any order, whether the draft runs ahead."""
     chance = random.Random(seed)
-    session = Session(engine, naive, random_ids(chance.randrange(1, 60), seed=seed), params, slot=seed % SLOTS)
+    prompt = random_ids(chance.randrange(1, 60), seed=seed)
+    session = Session(engine, naive, prompt, params, slot=seed % SLOTS, run_ahead=run_ahead)
     for _ in range(10):
         event = chance.choice(["round", "round", "replace", "shorten", "begin"])
         length = len(session.tokens)
@@ -157,7 +157,9 @@ def test_what_a_slot_held_before_does_not_matter(load, naive):
     prompts = [[id_ for id_ in random_ids(length) if id_ != poison] for length in (200, 5, 60)]
     broken = proposer_of(engine)
     broken.begin(Turn([poison, *prompts[0]], 1, GREEDY))
-    broken.propose(2)
+    with pytest.raises(InternalError) as error:
+        broken.propose(2)
+    assert error.value.reason == "NON_FINITE_LOGITS"
     for prompt in prompts:
         Session(engine, naive, prompt, GREEDY).propose(3)
 
@@ -176,13 +178,15 @@ def test_nothing_is_proposed_beyond_the_slot(engine, naive, params, missing):
     assert session.proposer.propose(64).token_ids == naive(session.tokens, missing + 1, params)
 
 
-def test_a_session_longer_than_the_slot(engine, naive):
+def test_a_session_longer_than_the_slot(engine, naive, monkeypatch):
     """It gets no proposals, costs no forward pass, and is followed all the same."""
-    session = Session(engine, naive, random_ids(2 * MAX_LENGTH), GREEDY)
-    assert not session.proposer.prefill_chunk()
-    assert session.proposer.propose(8).token_ids == []
-    session.follow(2 * MAX_LENGTH, [1, 2, 3])
-    assert session.proposer.propose(8).token_ids == []
+    session = Session(engine, naive, random_ids(2 * MAX_LENGTH), GREEDY, run_ahead=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model.runner, "logits", None)
+        patch.setattr(engine.model.runner, "prefill", None)
+        assert session.proposer.propose(8).token_ids == []
+        session.follow(2 * MAX_LENGTH, [1, 2, 3])
+        assert [one.token_ids for one in session.proposer.propose_all(8, proposals=3)] == [[], [], []]
     session.follow(MAX_LENGTH - 3, [])
     session.propose(4)
 
@@ -208,35 +212,3 @@ def test_only_what_is_new_is_computed(engine, monkeypatch):
     proposer.follow(CHUNK + 6, [proposed[0], (proposed[1] + 1) % VOCABULARY])
     proposer.propose(2)
     assert fed == [1, 1]
-
-
-# --- prompt lookup ---------------------------------------------------------------------------------------------------
-
-few = st.lists(st.integers(0, 3), max_size=12)
-
-
-@given(
-    prompt=few.filter(bool),
-    events=st.lists(st.tuples(st.floats(0, 1), few, st.integers(1, 8)), max_size=6),
-)
-def test_prompt_lookup_depends_on_the_tokens_alone(prompt, events):
-    """Whatever was appended, replaced and taken back, proposals are those of a new index over the tokens."""
-    proposer, tokens = NgramProposer(), list(prompt)
-    proposer.begin(Turn(prompt, len(prompt)))
-    for place, ids, count in [(1.0, [], 5), *events]:
-        from_position = round(place * len(tokens))
-        tokens[from_position:] = ids
-        proposer.follow(from_position, ids)
-        assert proposer.length == len(tokens)
-        proposal = proposer.propose(count)
-        assert proposal.token_ids == NgramIndex(tokens).lookup(count)
-        assert proposal.draft_probs == []
-
-
-def test_prompt_lookup_begins_anew_with_every_turn():
-    """A turn's tokens replace those of the one before."""
-    proposer = NgramProposer()
-    for tokens in ([1, 2, 3, 1, 2], [4, 5, 6, 4, 5, 6, 4]):
-        proposer.begin(Turn(tokens, len(tokens)))
-        assert not proposer.prefill_chunk()
-        assert proposer.propose(2).token_ids == NgramIndex(tokens).lookup(2) != []

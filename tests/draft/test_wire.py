@@ -8,8 +8,7 @@ import pytest
 
 from specpair.errors import InvalidRequestError, ProtocolError
 from specpair.v1 import common_pb2, draft_pb2
-from specpair_draft.engine import Timed
-from specpair_draft.proposers import NgramProposer, Proposal, Turn
+from specpair_draft.asks import Proposal, Timed, Turn
 from specpair_draft.wire import proposal_message, read_ask, read_turn
 from specpair_runtime.sampling.params import GREEDY
 from specpair_runtime.sampling.rejection import SparseProbs
@@ -55,6 +54,12 @@ def test_bad_starts(fields, path):
     [
         ({"max_tokens": 0}, "ask.max_tokens"),
         ({"max_tokens": 65}, "ask.max_tokens"),
+        ({"proposals": 17}, "ask.proposals"),
+        ({"proposals": 2**32 - 1}, "ask.proposals"),
+        ({"min_confidence": -0.01}, "ask.min_confidence"),
+        ({"min_confidence": 1.0}, "ask.min_confidence"),
+        ({"min_confidence": math.nan}, "ask.min_confidence"),
+        ({"min_confidence": math.inf}, "ask.min_confidence"),
         ({"from_position": 4}, "ask.from_position"),
         ({"from_position": 2**32 - 1}, "ask.from_position"),
         ({"from_position": 0, "token_ids": []}, "ask.from_position"),
@@ -97,21 +102,29 @@ def test_without_a_model_any_id_will_do():
     assert read_ask(ask(token_ids=[2**32 - 1]), 3, None).token_ids == [2**32 - 1]
 
 
+def test_one_proposal_or_as_many_as_named():
+    """0 and nothing mean one; the least confidence is read as it is."""
+    for fields, count in (({}, 1), ({"proposals": 0}, 1), ({"proposals": 1}, 1), ({"proposals": 16}, 16)):
+        assert read_ask(ask(**fields), 3, VOCABULARY).proposals == count
+    for fields, least in (({}, 0.0), ({"min_confidence": 0.25}, 0.25)):
+        assert read_ask(ask(**fields), 3, VOCABULARY).min_confidence == least
+
+
 def test_an_answer_carries_all_that_is_known():
-    """Round, length, ids, distributions, source and timings."""
-    proposer = NgramProposer()
-    proposer.begin(Turn([1, 2, 3], 3))
-    timed = Timed(Proposal([4, 5], [SparseProbs([4, 6], [0.75, 0.25]), SparseProbs([5], [1.0])]), 10, 20)
-    answer = proposal_message(7, proposer, timed).proposal
+    """Round, number, length, ids, distributions, confidence, source and timings."""
+    guesses = Proposal([4, 5], [SparseProbs([4, 6], [0.75, 0.25]), SparseProbs([5], [1.0])], [0.75, 0.5])
+    answer = proposal_message(7, common_pb2.SOURCE_MODEL, Timed(2, 3, guesses, 10, 20)).proposal
     assert answer == draft_pb2.Proposal(
         round=7,
+        index=2,
         base_length=3,
         token_ids=[4, 5],
         draft_probs=[
             common_pb2.SparseDistribution(token_ids=[4, 6], probs=[0.75, 0.25]),
             common_pb2.SparseDistribution(token_ids=[5], probs=[1.0]),
         ],
-        source=common_pb2.SOURCE_NGRAM,
+        confidence=[0.75, 0.5],
+        source=common_pb2.SOURCE_MODEL,
         queue_us=10,
         draft_us=20,
     )

@@ -201,7 +201,8 @@ class ProposeAsk(_message.Message):
     """
     min_confidence: _builtins.float
     """End a proposal before the first id at which the draft's probability of the proposal so far falls below this, in
-    [0, 1). The first id is always proposed. 0: never.
+    [0, 1). The first id is always proposed. Under the rejection rule that id is the proposal's last one: leaving it out
+    for its probability would change what is accepted. 0: never.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

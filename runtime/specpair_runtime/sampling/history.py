@@ -72,6 +72,11 @@ class TokenHistory:
 
     def _counts_within(self, proposed: torch.Tensor, rows: int) -> torch.Tensor:
         """How often each id stands among the proposals before each of the last rows, [rows, vocabulary]."""
+        if rows == 1:
+            # A draft's step: all of them stand before its one row.
+            once = torch.ones_like(proposed, dtype=torch.int32)
+            empty = torch.zeros(self._vocabulary, dtype=torch.int32, device=proposed.device)
+            return empty.index_add_(0, proposed, once)[None]
         places = len(proposed) + 1
         within = torch.zeros((places, self._vocabulary), dtype=torch.int32, device=proposed.device)
         within[torch.arange(1, places, device=proposed.device), proposed] = 1

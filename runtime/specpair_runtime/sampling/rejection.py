@@ -14,7 +14,15 @@ from specpair_runtime.sampling.choice import sample
 from specpair_runtime.sampling.noise import Stream, uniform_noise
 from specpair_runtime.sampling.params import SamplingBatch
 
-__all__ = ["MAX_SUPPORT", "SparseProbs", "judge_by_rejection", "propose_by_rejection"]
+__all__ = [
+    "MAX_SUPPORT",
+    "Drafted",
+    "SparseProbs",
+    "judge_by_rejection",
+    "propose_by_rejection",
+    "sample_drafts",
+    "sparse",
+]
 
 # Ids that a draft may sample from at a position: what it truncates its own distribution to.
 MAX_SUPPORT = 64
@@ -28,21 +36,42 @@ class SparseProbs:
     probs: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """A draft's own samples, on the device, and exactly the distributions that they were drawn from.
+
+    `ids` is [batch, 1]; `support` and `probs` are [batch, ids], where an id of probability 0 is not in the support.
+    """
+
+    ids: torch.Tensor
+    support: torch.Tensor
+    probs: torch.Tensor
+
+
+def sample_drafts(scores: torch.Tensor, positions: torch.Tensor, params: SamplingBatch) -> Drafted:
+    """Samples one id for each session; what a greedy one gets is its most probable id.
+
+    `scores` is [batch, 1, vocabulary], processed; `positions` [batch, 1]. A distribution is cut to its `MAX_SUPPORT`
+    most probable ids and normalised before the draw, so that what is sent is what was sampled.
+    """
+    top = scores.topk(min(MAX_SUPPORT, scores.shape[-1]), dim=-1)
+    probs = top.values.softmax(dim=-1)
+    cut = torch.full_like(scores, -torch.inf).scatter(-1, top.indices, probs.log())
+    return Drafted(sample(cut, positions, params, Stream.DRAFT), top.indices[:, 0], probs[:, 0])
+
+
+def sparse(support: Sequence[int], probs: Sequence[float]) -> SparseProbs:
+    """A distribution of `Drafted`, on the host."""
+    kept = [(token_id, prob) for token_id, prob in zip(support, probs, strict=True) if prob > 0]
+    return SparseProbs([token_id for token_id, _ in kept], [prob for _, prob in kept])
+
+
 def propose_by_rejection(
     scores: torch.Tensor, position: torch.Tensor, params: SamplingBatch
 ) -> tuple[int, SparseProbs]:
-    """A draft's own sample and exactly the distribution that it was drawn from.
-
-    `scores` is [1, 1, vocabulary], processed; `position` [1, 1]. The distribution is cut to its `MAX_SUPPORT` most
-    probable ids and normalised before the draw, so that what is sent is what was sampled.
-    """
-    top = scores.topk(min(MAX_SUPPORT, scores.shape[-1]), dim=-1)
-    support = top.indices[top.values > -torch.inf]
-    probs = top.values[top.values > -torch.inf].softmax(dim=-1)
-    cut = torch.full_like(scores, -torch.inf)
-    cut[0, 0, support] = probs.log()
-    token = int(sample(cut, position, params, Stream.DRAFT))
-    return token, SparseProbs(support.tolist(), probs.tolist())
+    """One session's sample and its distribution; arguments as for `sample_drafts`, with a batch of one."""
+    drafted = sample_drafts(scores, position, params)
+    return int(drafted.ids), sparse(drafted.support[0].tolist(), drafted.probs[0].tolist())
 
 
 def judge_by_rejection(
