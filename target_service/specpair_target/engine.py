@@ -6,17 +6,23 @@ import asyncio
 from collections.abc import Callable, Sequence
 from uuid import uuid4
 
-from specpair.errors import InvalidRequestError
+import structlog
+
+from specpair.errors import InvalidRequestError, ProtocolError
+from specpair_runtime.models.profiling import profiler_of
+from specpair_runtime.models.runner import ModelRunner
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
 from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_runtime.serving import ServiceStatus
 from specpair_runtime.slots import SlotPool
+from specpair_target.blocks import Answer, Block, Stale, Verification
 from specpair_target.config import TargetConfig
 from specpair_target.prompts import Prompt
-from specpair_target.scheduler import Scheduler, Verification
+from specpair_target.scheduler import Scheduler
 from specpair_target.sessions import Session, TurnOptions
 from specpair_target.text import TextStream
 from specpair_target.verifier import Verifier
+from specpair_target.width import CANDIDATES, best_width, expected_tokens, step_costs
 
 __all__ = ["Engine"]
 
@@ -28,18 +34,30 @@ class Engine:
         self, model: ServingModel, config: TargetConfig, on_failure: Callable[[str], None] = lambda reason: None
     ) -> None:
         self.model = model
-        self.width = config.verify_width
+        (self.width,) = model.widths
         self.max_length = model.runner.max_length
         self.pool = SlotPool(config.slots, config.queue, config.queue_timeout)
         self._scheduler = Scheduler(
-            Verifier(model.runner, config.verify_width), prefill_chunk=config.prefill_chunk, on_failure=on_failure
+            Verifier(model.runner, self.width),
+            prefill_chunk=config.chunk_on(model.runner.device.type),
+            step_tokens=config.step_tokens or None,
+            gather=config.gather,
+            on_failure=on_failure,
+            profiler=profiler_of(config, "target"),
         )
         self._scheduler.start()
 
     @classmethod
     def load(cls, config: TargetConfig, status: ServiceStatus) -> Engine:
         """Loads the configured model; blocks until it is warm. Raises ModelLoadError."""
-        return cls(load_serving_model(config, [config.verify_width], status), config, status.fail)
+        if config.verify_width != "auto":
+            return cls(load_serving_model(config, [config.verify_width], status), config, status.fail)
+        # Narrower steps in fp32 may round otherwise as soon as two sessions share one.
+        widths = [width for width in CANDIDATES if width >= 4 or config.dtype != "fp32"]
+        model = load_serving_model(
+            config, widths, status, lambda runner: [_measured_width(runner, widths, config.expected_acceptance)]
+        )
+        return cls(model, config, status.fail)
 
     async def open(
         self,
@@ -83,11 +101,22 @@ class Engine:
         tokenizer = self.model.loaded.tokenizer
         return TextStream(tokenizer, prompt.token_ids, options.stop_strings) if tokenizer is not None else None
 
+    def submit(self, session: Session, block: Block) -> asyncio.Future[Answer]:
+        """Queues a block behind the session's others; the answer fails with InternalError, OverloadedError or
+        UnavailableError. Raises UnavailableError when the engine stops.
+        """
+        return asyncio.wrap_future(self._scheduler.submit(session, block))
+
     async def verify(
         self, session: Session, proposal: Sequence[int], draft_probs: Sequence[SparseProbs] = ()
     ) -> Verification:
-        """Judges a proposal that continues the session. Raises InternalError, OverloadedError or UnavailableError."""
-        return await asyncio.wrap_future(self._scheduler.submit(session, proposal, draft_probs))
+        """Applies a proposal to the session as it is. Raises InternalError, OverloadedError or UnavailableError, and
+        ProtocolError when the turn has ended.
+        """
+        answer = await self.submit(session, Block(proposal, draft_probs=draft_probs))
+        if isinstance(answer, Stale):
+            raise ProtocolError("the turn has ended", field="block")
+        return answer
 
     def close(self, session: Session) -> None:
         """Ends a session and frees its slot; a second call does nothing."""
@@ -98,3 +127,16 @@ class Engine:
     def stop(self) -> None:
         """Stops the engine thread; blocks for the length of a step."""
         self._scheduler.stop()
+
+
+def _measured_width(runner: ModelRunner, widths: Sequence[int], acceptance: float) -> int:
+    costs = step_costs(runner, widths)
+    width = best_width(costs, acceptance)
+    structlog.get_logger("specpair.engine").info(
+        "verify width chosen",
+        width=width,
+        expected_acceptance=acceptance,
+        step_ms={width: round(cost, 2) for width, cost in costs.items()},
+        expected_tokens={width: round(expected_tokens(width, acceptance), 2) for width in costs},
+    )
+    return width

@@ -1,62 +1,68 @@
-"""The engine thread: takes what waits, packs it into steps, runs them, answers."""
+"""The engine thread: takes what waits, packs it into steps, runs them, commits, answers."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 import torch
 
 from specpair.errors import InternalError, OverloadedError, SpecpairError, UnavailableError
-from specpair_runtime.sampling.history import TokenHistory
-from specpair_runtime.sampling.rejection import SparseProbs
-from specpair_target.sessions import Session
+from specpair_runtime.models.profiling import Profiler, Unprofiled
+from specpair_target.blocks import Answer, Block, Verification
+from specpair_target.gathering import Gathering
+from specpair_target.lanes import Lane, Waiting, oldest
+from specpair_target.prefills import Prefills, StepBudget
+from specpair_target.rows import RowMaker
+from specpair_target.sessions import Commit, Session
 from specpair_target.verifier import Judgement, Row, Verifier
 
-__all__ = ["Scheduler", "Verification"]
+__all__ = ["Scheduler"]
 
-
-@dataclass(frozen=True)
-class Verification:
-    """A judgement with the circumstances of its step."""
-
-    judgement: Judgement
-    queue_us: int
-    batch_sessions: int
-
-
-@dataclass(frozen=True)
-class _Work:
-    session: Session
-    proposal: Sequence[int]
-    draft_probs: Sequence[SparseProbs]
-    answer: Future[Verification]
-    queued_ns: int = field(default_factory=time.perf_counter_ns)
+# A group of sessions that step together, and the length that they attend to.
+_Group = tuple[list[Lane], int]
+_Said = tuple[Judgement, Commit, int]
 
 
 class Scheduler:
     """One thread that owns the model. Everyone else talks to it through `prefill`, `submit` and `close`.
 
-    A turn of the loop runs at most one chunk of prefill and then one step for every session that is ready, so a long
-    prompt and the running sessions take turns. A resumed session first replays its committed tokens in blocks of the
-    verify width, through the very steps that computed them before.
+    A turn of the loop runs one step or one chunk of prefill, and looks at what has come meanwhile: new sessions join
+    the next step. Of sessions that attend to different lengths those step next who have waited longest. The chunks of
+    a long prompt and the steps of running sessions share the engine by a budget of rows, so that neither starves.
+
+    A session's blocks are applied in order. The verdict on one is committed in this thread, and the next one that
+    continues it, if it is there already, is part of the very next step. A resumed session first replays its committed
+    tokens in blocks of the verify width, through the very steps that computed them before.
     """
 
     def __init__(
-        self, verifier: Verifier, *, prefill_chunk: int, on_failure: Callable[[str], None] = lambda reason: None
+        self,
+        verifier: Verifier,
+        *,
+        prefill_chunk: int,
+        step_tokens: int | None = None,
+        gather: bool = False,
+        on_failure: Callable[[str], None] = lambda reason: None,
+        profiler: Profiler | None = None,
     ) -> None:
-        """`on_failure` is told why, should the thread itself fail: nothing is computed from then on."""
+        """`step_tokens` are rows of prefill and steps between two looks at the queue, by default a chunk and one
+        session's rows; `gather` lets steps wait for company. `on_failure` is told why, should the thread itself fail:
+        nothing is computed from then on.
+        """
         self._verifier = verifier
         self._on_failure = on_failure
+        self._profiler = profiler or Unprofiled()
         self._runner = verifier.runner
-        self._prefill_chunk = prefill_chunk
-        self._prefills: deque[Session] = deque()
-        self._work: deque[_Work] = deque()
+        self._rows = RowMaker(verifier)
+        self._lanes: dict[Session, Lane] = {}
+        self._prefills = Prefills(prefill_chunk)
+        self._budget = StepBudget(step_tokens or prefill_chunk + verifier.width, prefill_chunk)
+        self._gathering = Gathering() if gather else None
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -76,61 +82,101 @@ class Scheduler:
         self._refuse_all()
 
     def prefill(self, session: Session) -> None:
-        """Begins to prefill a session's prompt, at its first turn or a later one."""
+        """Begins to prefill a session's prompt, at its first turn or a later one. No block of it may be waiting."""
         with self._wake:
-            self._prefills.append(session)
+            self._lane(session).rest()
+            self._prefills.add(session)
             self._wake.notify()
 
-    def submit(
-        self, session: Session, proposal: Sequence[int], draft_probs: Sequence[SparseProbs] = ()
-    ) -> Future[Verification]:
-        """Queues a block of at most width - 1 proposals; a session has one block in the queue at a time."""
-        work = _Work(session, proposal, draft_probs, Future())
+    def submit(self, session: Session, block: Block) -> Future[Answer]:
+        """Queues a block behind the session's others. Raises UnavailableError when the engine stops."""
+        answer: Future[Answer] = Future()
         with self._wake:
             if self._stopping:
                 raise UnavailableError("the target stops")
-            self._work.append(work)
+            self._lane(session).push(Waiting(block, answer))
             self._wake.notify()
-        return work.answer
+        return answer
 
     def close(self, session: Session) -> None:
-        """Forgets a session; its slot may be given to another one at once.
+        """Forgets a session, with the blocks that wait; its slot may be given to another one at once.
 
         A step under way may still write to the slot. That does no harm: a new session's own steps come after it.
         """
         with self._wake:
             session.closed = True
+            self._wake.notify()
+
+    def _lane(self, session: Session) -> Lane:
+        return self._lanes.setdefault(session, Lane(session))
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                self._prefill_chunk_of_next()
-                for length, group in self._take_ready().items():
-                    self._step(group, length)
+            while (work := self._next()) is not None:
+                if isinstance(work, Session):
+                    with self._profiler.step("prefill"):
+                        self._prefill_chunk(work)
+                else:
+                    with self._profiler.step("verify"):
+                        self._step(*work)
         except Exception as error:
             self._log.exception("the engine thread failed")
             with self._wake:
                 self._stopping = True
             self._refuse_all()
             self._on_failure(f"the engine failed: {type(error).__name__}")
+        finally:
+            self._profiler.close()
 
     def _refuse_all(self) -> None:
-        while self._work:
-            _answer(self._work.popleft(), UnavailableError("the target stops"))
+        for lane in self._lanes.values():
+            while lane.blocks:
+                lane.blocks.popleft().reply(UnavailableError("the target stops"))
 
-    def _wait(self) -> bool:
+    def _next(self) -> Session | _Group | None:
+        """Waits for work: a session whose prompt gets a chunk now, or a group that steps; None to stop."""
         with self._wake:
-            while not (self._prefills or self._work or self._stopping):
-                self._wake.wait()
-            return not self._stopping
+            while not self._stopping:
+                ready = self._settle()
+                prompt = self._prefills.first()
+                if prompt is None:
+                    self._budget.reset()
+                elif self._budget.allows_chunk:
+                    return prompt
+                group = self._group(ready) if ready else None
+                wait_ns = self._wait_ns(ready, group) if group or prompt else 0
+                if not wait_ns and (group or prompt):
+                    return group or prompt
+                self._wake.wait(wait_ns / 1e9 if wait_ns else None)
+        return None
 
-    def _prefill_chunk_of_next(self) -> None:
-        """One chunk for the session whose turn it is. The prompt alone decides the chunks: a rerun repeats the bits."""
-        with self._wake:
-            session = self._prefills.popleft() if self._prefills else None
-        if session is None or session.closed or session.prefilled:
-            return
-        end = min(session.kv_length + self._prefill_chunk, session.prompt_length - 1)
+    def _settle(self) -> list[Lane]:
+        """The lanes that can be part of a step now. Answers what cannot be applied; forgets closed sessions."""
+        ready = [lane for lane in self._lanes.values() if lane.settle()]
+        for session in [session for session in self._lanes if session.closed]:
+            del self._lanes[session]
+        return ready
+
+    def _group(self, ready: list[Lane]) -> _Group:
+        """Who steps next, of those that are ready."""
+        length = self._length(oldest(ready))
+        return [lane for lane in ready if self._length(lane) == length], length
+
+    def _wait_ns(self, ready: list[Lane], group: _Group | None) -> int:
+        """Nanoseconds to wait for more company. Nobody waits beside another group that could step."""
+        if self._gathering is None or len(self._lanes) == 1 or (group is not None and len(group[0]) < len(ready)):
+            return 0
+        company = [lane for lane in self._lanes.values() if group is None or self._length(lane) == group[1]]
+        away = [lane for lane in company if lane.away]
+        return self._gathering.wait_ns(away, ready, time.perf_counter_ns())
+
+    def _length(self, lane: Lane) -> int:
+        """What the lane's next step attends to."""
+        return self._runner.bucket(lane.session.kv_length)
+
+    def _prefill_chunk(self, session: Session) -> None:
+        """The next chunk of a prompt."""
+        end = min(session.kv_length + self._prefills.chunk, session.prompt_length - 1)
         try:
             self._runner.prefill(session.slot, session.tokens[session.kv_length : end], session.kv_length)
         except Exception as error:
@@ -138,117 +184,71 @@ class Scheduler:
             session.failure = _public(error)
             return
         session.kv_length = end
-        if not session.prefilled:
-            with self._wake:
-                self._prefills.append(session)
+        self._prefills.computed()
+        self._budget.spend()
 
-    def _take_ready(self) -> dict[int, list[_Work]]:
-        """Takes the blocks whose sessions are prefilled, by the length that their step attends to."""
-        ready: dict[int, list[_Work]] = {}
-        waiting: deque[_Work] = deque()
-        with self._wake:
-            for work in self._work:
-                session = work.session
-                if session.closed:
-                    work.answer.cancel()
-                elif session.failure is not None:
-                    _answer(work, session.failure)
-                elif session.prefilled:
-                    ready.setdefault(self._runner.bucket(session.kv_length), []).append(work)
-                else:
-                    waiting.append(work)
-            self._work = waiting
-        return ready
-
-    def _step(self, group: list[_Work], length: int) -> None:
+    def _step(self, group: list[Lane], length: int) -> None:
         """One forward pass for a group: judges blocks, and replays where a session has not caught up.
 
         When it fails, each session gets a pass of its own, so that one of them cannot fail the others.
         """
-        began = time.perf_counter_ns()
-        slots = self._runner.slot_range([work.session.slot for work in group])
+        began_ns = time.perf_counter_ns()
+        slots = self._runner.slot_range([lane.session.slot for lane in group])
         rows = [Row(self._runner.parking, [0]) for _ in slots]
         try:
-            for work in group:
-                rows[work.session.slot - slots.start] = self._row(work, length)
+            for lane in group:
+                rows[lane.session.slot - slots.start] = self._rows.of(lane, length)
             judgements = self._verifier.verify(slots.start, rows, length)
         except Exception as error:
             self._log.exception("step failed", sessions=len(group))
             if len(group) == 1:
-                _answer(group[0], _public(error))
+                group[0].session.failure = _public(error)
             else:
-                for work in group:
-                    self._step([work], length)
+                for lane in group:
+                    self._step([lane], length)
             return
-        for work in group:
-            judgement = judgements[work.session.slot - slots.start]
-            queue_us = (began - work.queued_ns) // 1000
-            self._conclude(work, length, Verification(judgement, queue_us, len(group)))
+        answers = [
+            self._conclude(lane, rows[lane.session.slot - slots.start], judgements[lane.session.slot - slots.start])
+            for lane in group
+        ]
+        self._budget.stepped(len(slots) * self._verifier.width)
+        if self._gathering is not None:
+            self._gathering.stepped(len(slots), began_ns, time.perf_counter_ns())
+        # All at once: whoever is woken competes with this thread for the interpreter.
+        for waiting, said in filter(None, answers):
+            queue_us = (began_ns - waiting.queued_ns) // 1000
+            waiting.reply(Verification(*said, queue_us=queue_us, batch_sessions=len(group)))
 
-    def _row(self, work: _Work, length: int) -> Row:
-        """The session's next tokens: proposals to judge, or committed ones to replay.
-
-        Nothing is judged at or behind position `length`, which belongs to the next bucket: every position is judged
-        with the attended length of its own bucket, whichever block it comes in. A proposal across that border loses
-        its tail.
-        """
-        session = work.session
-        if session.caught_up:
-            token_ids = [session.tokens[-1], *work.proposal][: length - session.kv_length]
-            return Row(
-                start=session.kv_length,
-                token_ids=token_ids,
-                params=session.options.sampling,
-                history=self._history(session),
-                draft_probs=work.draft_probs[: len(token_ids) - 1],
-                top_logprobs=session.options.top_logprobs,
-                traced=session.options.traced,
-            )
-        return Row(session.kv_length, session.tokens[session.kv_length : self._replay_end(session, length)])
-
-    def _history(self, session: Session) -> TokenHistory | None:
-        if not session.options.sampling.needs_history:
+    def _conclude(self, lane: Lane, row: Row, judgement: Judgement) -> tuple[Waiting, _Said] | None:
+        """Commits what was said to a session's first block; returns the block and what to answer, if there is one."""
+        session = lane.session
+        lane.ready_ns = None
+        if session.closed:
             return None
-        if session.history is None:
-            session.history = TokenHistory(
-                session.options.sampling,
-                session.tokens[: session.prompt_length],
-                session.options.stop_token_ids,
-                self._runner.vocabulary,
-                self._runner.device,
-            )
-        session.history.extend(session.tokens[session.history.length :])
-        return session.history
-
-    def _replay_end(self, session: Session, length: int) -> int:
-        return min(session.kv_length + self._verifier.width, len(session.tokens) - 1, length)
-
-    def _conclude(self, work: _Work, length: int, verification: Verification) -> None:
-        session, judgement = work.session, verification.judgement
-        if not judgement.finite and session.caught_up and work.proposal:
+        if not session.caught_up and judgement.finite:
+            session.kv_length += len(row.token_ids)
+        elif not judgement.finite and session.caught_up and len(row.token_ids) > 1:
             # Whether the target alone would have failed must not depend on what was proposed.
-            with self._wake:
-                self._work.append(replace(work, proposal=(), draft_probs=()))
+            lane.blocks[0] = replace(lane.blocks[0], block=Block())
         elif not judgement.finite:
-            _answer(work, InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS"))
-        elif session.caught_up:
-            # The KV of the accepted tokens is in the slot from now on, before another step can touch it.
-            session.kv_length += judgement.accepted + 1
-            _answer(work, verification)
+            session.failure = InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS")
         else:
-            session.kv_length = self._replay_end(session, length)
-            with self._wake:
-                self._work.append(work)
+            return self._commit(lane, judgement)
+        return None
 
-
-def _answer(work: _Work, outcome: Verification | SpecpairError) -> None:
-    """Answers a block, unless its session went away in the meantime."""
-    if not work.answer.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, SpecpairError):
-        work.answer.set_exception(outcome)
-    else:
-        work.answer.set_result(outcome)
+    def _commit(self, lane: Lane, judgement: Judgement) -> tuple[Waiting, _Said] | None:
+        session = lane.session
+        # The KV of the accepted tokens is in the slot from now on, before another step can touch it.
+        session.kv_length += judgement.accepted + 1
+        base_length = session.length
+        try:
+            commit = session.commit(judgement.token_ids, judgement.logprobs)
+        except Exception as error:  # tokenizers are not ours
+            self._log.exception("commit failed", session_id=session.id)
+            session.failure = _public(error)
+            return None
+        with self._wake:
+            return lane.answered(), (judgement, commit, base_length)
 
 
 def _public(error: Exception) -> SpecpairError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -15,15 +17,20 @@ from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair_runtime.serving import ServiceStatus, annotate
 from specpair_runtime.wire import describe_model, read_sampling
 from specpair_target import wire
+from specpair_target.blocks import Answer, Block, Verification
 from specpair_target.config import TargetConfig
 from specpair_target.engine import Engine
 from specpair_target.explain import explain
 from specpair_target.prompts import Prompts
+from specpair_target.reading import read_ahead
 from specpair_target.sessions import Session, TurnOptions
 
 __all__ = ["TargetServicer"]
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+
+# Blocks of a stream that are read and not answered yet.
+_MOST_UNANSWERED = 32
 
 
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
@@ -51,13 +58,15 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             model=self._config.model,
             dtype=self._config.dtype,
             quantization=self._config.quantization,
-            verify_width=self._config.verify_width,
             slots=self._config.slots,
             version=importlib.metadata.version("specpair"),
         )
+        if self._config.verify_width != "auto":
+            info.verify_width = self._config.verify_width
         self._status.fill(info)
         if self._engine is not None:
             describe_model(info, self._engine.model)
+            info.verify_width = self._engine.width
             info.slots_in_use = self._engine.pool.in_use
         return target_pb2.TargetServiceGetModelInfoResponse(info=info)
 
@@ -74,18 +83,18 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         async with self._session(engine, first.start, "start.", context) as (session, started):
             yield target_pb2.VerifyResponse(started=started)
             rounds = accepted = 0
-            async for request in requests:
-                kind = request.WhichOneof("message")
-                if kind == "extend":
-                    yield target_pb2.VerifyResponse(started=await self._extend(engine, session, request.extend))
-                    continue
-                if kind != "block":
-                    raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
-                answer = await self._judge(engine, session, request.block)
-                rounds += 1
-                accepted += answer.accepted
-                annotate(rounds=rounds, accepted=accepted, output_tokens=session.length - session.prompt_length)
-                yield target_pb2.VerifyResponse(verdict=answer)
+            submit = partial(self._submit, engine, session)
+            async with aclosing(read_ahead(aiter(requests), submit, _MOST_UNANSWERED)) as messages:
+                async for request, pending in messages:
+                    if pending is None:
+                        yield target_pb2.VerifyResponse(started=await self._extend(engine, session, request.extend))
+                        continue
+                    answer = wire.verdict(request.block.round, await pending, engine.pool.in_use)
+                    rounds += 1
+                    accepted += answer.accepted
+                    length = answer.base_length + len(answer.committed.token_ids)
+                    annotate(rounds=rounds, accepted=accepted, output_tokens=length - session.prompt_length)
+                    yield target_pb2.VerifyResponse(verdict=answer)
 
     async def Generate(  # noqa: N802
         self, request: target_pb2.GenerateRequest, context: _Context
@@ -94,20 +103,17 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         engine = self._ready()
         async with self._session(engine, request, "", context) as (session, started):
             yield target_pb2.GenerateResponse(started=started)
-            verification = await engine.verify(session, ())
-            while True:
-                commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
-                if session.finish_reason:
-                    annotate(output_tokens=session.length - session.prompt_length)
-                    yield target_pb2.GenerateResponse(committed=wire.committed_message(commit))
-                    return
-                # The next step runs while this token is on its way.
-                step = asyncio.ensure_future(engine.verify(session, ()))
-                try:
-                    yield target_pb2.GenerateResponse(committed=wire.committed_message(commit))
-                    verification = await step
-                finally:
-                    step.cancel()
+            # The next step runs while this one's token is on its way.
+            pending = deque(engine.submit(session, Block()) for _ in range(2))
+            try:
+                while isinstance(answer := await pending.popleft(), Verification):
+                    pending.append(engine.submit(session, Block()))
+                    if answer.commit.finish_reason:
+                        annotate(output_tokens=session.length - session.prompt_length)
+                    yield target_pb2.GenerateResponse(committed=wire.committed_message(answer.commit))
+            finally:
+                for left in pending:
+                    left.cancel()
 
     async def Tokenize(  # noqa: N802
         self, request: target_pb2.TokenizeRequest, context: _Context
@@ -149,10 +155,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         options = TurnOptions(sampling=sampling, stop_token_ids=limits.eos_token_ids, traced=True)
         session = await engine.open(prompt, (), options, committed_field="", patience=context.time_remaining())
         try:
-            judgement = (await engine.verify(session, request.token_ids, draft_probs)).judgement
+            verification = await engine.verify(session, request.token_ids, draft_probs)
         finally:
             engine.close(session)
-        explained = explain(session.length, request.token_ids, draft_probs, sampling, judgement)
+        explained = explain(verification.base_length, request.token_ids, draft_probs, sampling, verification.judgement)
         return target_pb2.ExplainVerifyResponse(positions=[wire.explanation(position) for position in explained])
 
     async def _extend(
@@ -168,17 +174,16 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         annotate(prompt_tokens=len(prompt.token_ids), cached_tokens=kept)
         return wire.started(session, limits, kept)
 
-    async def _judge(self, engine: Engine, session: Session, block: target_pb2.Block) -> target_pb2.Verdict:
-        """The verdict on a block."""
-        limits = self._limits(engine)
-        wire.check_proposal(block.token_ids, limits, "block.token_ids")
-        draft_probs = wire.read_draft_probs(block, session.options.sampling, limits, "block.")
-        if session.finish_reason or not _continues(block, session):
-            return wire.stale(block, session)
-        base_length = session.length
-        verification = await engine.verify(session, block.token_ids, draft_probs)
-        commit = session.commit(verification.judgement.token_ids, verification.judgement.logprobs)
-        return wire.verdict(block, base_length, verification, commit, engine.pool.in_use)
+    def _submit(
+        self, engine: Engine, session: Session, request: target_pb2.VerifyRequest
+    ) -> asyncio.Future[Answer] | None:
+        """Hands a block to the engine, where it waits for the verdicts before it; None for the next turn's prompt."""
+        kind = request.WhichOneof("message")
+        if kind == "extend":
+            return None
+        if kind != "block":
+            raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
+        return engine.submit(session, wire.read_block(request.block, session.options.sampling, self._limits(engine)))
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -219,9 +224,3 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             yield session, wire.started(session, limits, 0)
         finally:
             engine.close(session)
-
-
-def _continues(block: target_pb2.Block, session: Session) -> bool:
-    if block.base_length != session.length:
-        return False
-    return not block.HasField("last_token_id") or block.last_token_id == session.tokens[-1]

@@ -44,13 +44,14 @@ class Commit:
     stop_string: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One stream's state.
 
-    The engine thread sets `kv_length`, `failure` and `history` while a block or a prefill is under way; everything else
-    belongs to the event loop. `messages` is the conversation of a session that was opened with one, the answers
-    included.
+    It belongs to the engine thread from the moment its prompt is handed over until the last of its blocks is answered:
+    that thread prefills, steps and commits. Before, and between one turn's last answer and the next turn's prompt, it
+    belongs to the event loop. `closed` is set by the event loop at any time: from then on nobody looks at the rest.
+    `messages` is the conversation of a session that was opened with one, the answers included.
     `tokens` are all committed tokens. The KV of the first `kv_length` of them is in the slot; between two steps that
     is all but the last one, whose logits the next step asks for.
     """

@@ -11,9 +11,9 @@ from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import SamplingParams
 from specpair_runtime.sampling.rejection import MAX_SUPPORT, SparseProbs
 from specpair_runtime.wire import check_token_ids, read_sampling
+from specpair_target.blocks import Answer, Block, Stale
 from specpair_target.explain import PositionExplanation
 from specpair_target.prompts import Prompt, Prompts
-from specpair_target.scheduler import Verification
 from specpair_target.sessions import Commit, Session, TurnOptions
 
 __all__ = [
@@ -22,11 +22,11 @@ __all__ = [
     "check_proposal",
     "committed_message",
     "explanation",
+    "read_block",
     "read_committed",
     "read_draft_probs",
     "read_prompt",
     "read_turn",
-    "stale",
     "started",
     "verdict",
 ]
@@ -133,6 +133,17 @@ def check_proposal(token_ids: Sequence[int], limits: Limits, field: str) -> None
     check_token_ids(token_ids, limits.vocabulary, field)
 
 
+def read_block(message: target_pb2.Block, sampling: SamplingParams, limits: Limits) -> Block:
+    """A block of a session that samples in this way. Whether it continues the session is not asked here."""
+    check_proposal(message.token_ids, limits, "block.token_ids")
+    return Block(
+        token_ids=list(message.token_ids),
+        base_length=message.base_length,
+        last_token_id=message.last_token_id if message.HasField("last_token_id") else None,
+        draft_probs=read_draft_probs(message, sampling, limits, "block."),
+    )
+
+
 def read_draft_probs(
     request: target_pb2.Block | target_pb2.ExplainVerifyRequest, sampling: SamplingParams, limits: Limits, prefix: str
 ) -> list[SparseProbs]:
@@ -211,25 +222,22 @@ def _position_logprobs(known: PositionLogprobs) -> common_pb2.PositionLogprobs:
     )
 
 
-def verdict(
-    block: target_pb2.Block, base_length: int, verification: Verification, commit: Commit, slots_in_use: int
-) -> target_pb2.Verdict:
-    """The answer to a block that was applied."""
-    judgement = verification.judgement
+def verdict(round_: int, answer: Answer, slots_in_use: int) -> target_pb2.Verdict:
+    """The answer to the block of a round."""
+    if isinstance(answer, Stale):
+        return target_pb2.Verdict(
+            round=round_, status=target_pb2.Verdict.STATUS_STALE, base_length=answer.length, slots_in_use=slots_in_use
+        )
+    judgement, commit = answer.judgement, answer.commit
     return target_pb2.Verdict(
-        round=block.round,
+        round=round_,
         status=target_pb2.Verdict.STATUS_APPLIED,
-        base_length=base_length,
+        base_length=answer.base_length,
         # What lies behind the end of the turn was judged and is no part of it.
         accepted=min(judgement.accepted, len(commit.token_ids)),
         committed=committed_message(commit),
-        queue_us=verification.queue_us,
+        queue_us=answer.queue_us,
         forward_us=judgement.forward_us,
-        batch_sessions=verification.batch_sessions,
+        batch_sessions=answer.batch_sessions,
         slots_in_use=slots_in_use,
     )
-
-
-def stale(block: target_pb2.Block, session: Session) -> target_pb2.Verdict:
-    """The answer to a block that does not continue the session."""
-    return target_pb2.Verdict(round=block.round, status=target_pb2.Verdict.STATUS_STALE, base_length=session.length)

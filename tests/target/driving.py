@@ -93,13 +93,13 @@ async def open_session(
 
 async def round_of(engine: Engine, session: Session, proposal: Sequence[int], output: Output) -> None:
     """One block and its verdict."""
-    judgement = (await engine.verify(session, proposal)).judgement
-    commit = session.commit(judgement.token_ids)
+    verification = await engine.verify(session, proposal)
+    commit = verification.commit
     output.token_ids += commit.token_ids
     output.texts += commit.texts
     output.finish_reason, output.stop_string = commit.finish_reason, commit.stop_string
     output.rounds += 1
-    output.accepted += judgement.accepted
+    output.accepted += verification.judgement.accepted
 
 
 async def speak(
@@ -132,7 +132,11 @@ def kv_of(engine: Engine, session: Session) -> torch.Tensor:
 def slot_bits(engine: Engine, slot: int) -> torch.Tensor:
     """The bits of a whole slot, [layers and kinds, heads, positions, head_dim]."""
     layers = engine.model.runner._cache.layers
-    both = torch.stack([kind[slot] for layer in layers for kind in (layer.keys, layer.values)])
+    # Keys may be kept as columns.
+    keys = [layer.keys[slot].mT if layer.columns else layer.keys[slot] for layer in layers]
+    both = torch.stack(
+        [kind for pair in zip(keys, (layer.values[slot] for layer in layers), strict=True) for kind in pair]
+    )
     return both.view({2: torch.int16, 4: torch.int32}[both.element_size()]).clone()
 
 

@@ -100,9 +100,9 @@ async def told(
         while not heard.finish_reason:
             tokens = list(session.tokens)
             ids, draft_probs = guesser(tokens, engine.width - 1)
-            judgement = (await engine.verify(session, ids, draft_probs)).judgement
-            heard.rounds.append(Round(tokens, ids, draft_probs, judgement))
-            commit = session.commit(judgement.token_ids, judgement.logprobs)
+            verification = await engine.verify(session, ids, draft_probs)
+            heard.rounds.append(Round(tokens, ids, draft_probs, verification.judgement))
+            commit = verification.commit
             heard.token_ids += commit.token_ids
             heard.logprobs += commit.logprobs
             heard.finish_reason = commit.finish_reason

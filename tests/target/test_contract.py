@@ -8,12 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, Turn
+from specpair_draft.asks import Turn
+from specpair_draft.steps import STEP_WIDTHS
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.serving_model import load_serving_model
 from specpair_runtime.serving import ServiceStatus
 
 from .. import plain
+from ..draft.driving import Alone
 from ..tiny import FAMILIES, random_ids
 from .driving import PROPOSERS, greedy, nobody, run, sampled, speak, together
 
@@ -148,7 +150,7 @@ def test_a_draft_of_the_same_model_is_always_right(tiny, engine_of, params):
     runner = load_serving_model(config, STEP_WIDTHS, ServiceStatus()).runner
     for prompt in PROMPTS[::3]:
         options = sampled(NEW, **params)
-        draft = ModelProposer(runner, 1, 32)
+        draft = Alone(runner, 1, 32)
         draft.begin(Turn(prompt, len(prompt), options.sampling))
 
         def propose(tokens, most, draft=draft):

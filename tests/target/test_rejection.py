@@ -9,7 +9,8 @@ from itertools import product
 import pytest
 import torch
 
-from specpair_draft.proposers import STEP_WIDTHS, ModelProposer, Turn
+from specpair_draft.asks import Turn
+from specpair_draft.steps import STEP_WIDTHS
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.serving_model import load_serving_model
 from specpair_runtime.sampling.law import acceptance_probability, residual_weights
@@ -21,6 +22,7 @@ from specpair_runtime.serving import ServiceStatus
 from specpair_target.sessions import TurnOptions
 from specpair_target.verifier import Row, Verifier
 
+from ..draft.driving import Alone
 from ..plain import gumbel, uniform, warped
 from ..sampling.chi_square import chi_square
 from ..sampling.penalties import reference_penalties
@@ -176,11 +178,10 @@ def test_sessions_have_the_targets_joint_distribution(tiny, engine_of, draft_run
         session = await open_session(engine, PROMPT, TurnOptions(sampling=replace(PARAMS, seed=seed)))
         try:
             while session.length < len(PROMPT) + 2:
-                proposer = ModelProposer(runner, 0, 32)
+                proposer = Alone(runner, 0, 32)
                 proposer.begin(Turn(session.tokens, len(PROMPT), replace(draft_params, seed=seed)))
                 proposal = proposer.propose(2)
                 verification = await engine.verify(session, proposal.token_ids, proposal.draft_probs)
-                session.commit(verification.judgement.token_ids)
                 accepted += verification.judgement.accepted
                 proposed += len(proposal.token_ids)
             said.append(tuple(session.tokens[len(PROMPT) : len(PROMPT) + 2]))

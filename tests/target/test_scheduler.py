@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specpair.errors import InternalError, OverloadedError, UnavailableError
+from specpair_target.blocks import Block
 from specpair_target.scheduler import Scheduler
 from specpair_target.sessions import Session
 from specpair_target.verifier import Verifier
@@ -67,20 +68,21 @@ class Gate:
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def test_prefill_and_steps_take_turns(engine, monkeypatch):
-    """While a long prompt is prefilled a running session gets a step after every chunk, and the chunks go on while
-    that session always has a block in the queue."""
+def test_prefill_and_steps_take_turns(load, monkeypatch):
+    """While a long prompt is prefilled a running session gets a step after every chunk, where the budget is a chunk
+    and a step, and the chunks go on while that session always has a block in the queue."""
+    engine = load("llama", slots=4, step_tokens=CHUNK + 8)
     scheduler, runner = engine._scheduler, engine.model.runner
     running, arriving = new_session(0, PROMPTS[1]), new_session(1, LONG)
     scheduler.prefill(running)
-    events, answers = [], [scheduler.submit(running, ())]
+    events, answers = [], [scheduler.submit(running, Block())]
     answers[0].result(30)
     prefill, logits = runner.prefill, runner.logits
 
     def chunk(*args):
         events.append("chunk")
-        running.commit(answers[-1].result(0).judgement.token_ids)
-        answers.append(scheduler.submit(running, ()))
+        answers[-1].result(0)
+        answers.append(scheduler.submit(running, Block()))
         return prefill(*args)
 
     def step(*args):
@@ -90,7 +92,7 @@ def test_prefill_and_steps_take_turns(engine, monkeypatch):
     monkeypatch.setattr(runner, "prefill", chunk)
     monkeypatch.setattr(runner, "logits", step)
     scheduler.prefill(arriving)
-    scheduler.submit(arriving, ()).result(30)
+    scheduler.submit(arriving, Block()).result(30)
     # The last chunk and the arriving session's own first step may be followed by one step for both.
     assert events[: 2 * 10] == ["chunk", "step"] * 10
 
@@ -99,15 +101,15 @@ def test_blocks_that_wait_share_a_step(engine, monkeypatch, tiny):
     """Blocks that arrive while the engine is busy go into one step together."""
     gate = Gate(monkeypatch, engine.model.runner, "logits")
     sessions = [new_session(slot, random_ids(1, seed=slot)) for slot in range(4)]
-    first = engine._scheduler.submit(sessions[0], ())
+    first = engine._scheduler.submit(sessions[0], Block())
     assert gate.reached.wait(30)
-    others = [engine._scheduler.submit(session, ()) for session in sessions[1:]]
+    others = [engine._scheduler.submit(session, Block()) for session in sessions[1:]]
     gate.open()
     verifications = [answer.result(30) for answer in (first, *others)]
     assert [one.batch_sessions for one in verifications] == [1, 3, 3, 3]
     reference = tiny.reference("llama")
     for session, one in zip(sessions, verifications, strict=True):
-        assert one.judgement.token_ids == reference.greedy(session.tokens, 1)
+        assert one.judgement.token_ids == reference.greedy(session.tokens[:1], 1)
 
 
 def test_a_session_that_waits_for_its_prefill_lets_others_pass(engine, truths):
@@ -160,7 +162,7 @@ def test_a_closed_sessions_block_is_cancelled(engine, monkeypatch, truths):
     gate = Gate(monkeypatch, engine.model.runner, "prefill")
     session = new_session(2, LONG)
     engine._scheduler.prefill(session)
-    answer = engine._scheduler.submit(session, ())
+    answer = engine._scheduler.submit(session, Block())
     assert gate.reached.wait(30)
     engine._scheduler.close(session)
     gate.open()
@@ -196,7 +198,7 @@ def test_stopping_fails_what_waits(engine, monkeypatch):
     gate = Gate(monkeypatch, engine.model.runner, "prefill")
     session = new_session(0, LONG)
     engine._scheduler.prefill(session)
-    answer = engine._scheduler.submit(session, ())
+    answer = engine._scheduler.submit(session, Block())
     assert gate.reached.wait(30)
     stopping = threading.Thread(target=engine.stop)
     stopping.start()
@@ -205,14 +207,14 @@ def test_stopping_fails_what_waits(engine, monkeypatch):
     with pytest.raises(UnavailableError):
         answer.result(0)
     with pytest.raises(UnavailableError):
-        engine._scheduler.submit(session, ())
+        engine._scheduler.submit(session, Block())
     engine.stop()  # a second time does nothing
 
 
 def test_a_scheduler_that_never_started_can_be_stopped(engine):
     """What was queued fails there too."""
     scheduler = Scheduler(Verifier(engine.model.runner, 8), prefill_chunk=CHUNK)
-    answer = scheduler.submit(new_session(0, PROMPTS[0]), ())
+    answer = scheduler.submit(new_session(0, PROMPTS[0]), Block())
     scheduler.stop()
     assert isinstance(answer.exception(0), UnavailableError)
 
@@ -277,13 +279,13 @@ def test_an_engine_thread_that_fails_says_so(tiny, load):
         def closed(self):
             raise ZeroDivisionError
 
-    answers = [scheduler.submit(Broken(), ()), scheduler.submit(new_session(0, PROMPTS[0]), ())]
+    answers = [scheduler.submit(Broken(), Block()), scheduler.submit(new_session(0, PROMPTS[0]), Block())]
     scheduler.start()
     assert all(isinstance(answer.exception(30), UnavailableError) for answer in answers)
     scheduler.stop()
     assert told == ["the engine failed: ZeroDivisionError"]
     with pytest.raises(UnavailableError):
-        scheduler.submit(new_session(0, PROMPTS[0]), ())
+        scheduler.submit(new_session(0, PROMPTS[0]), Block())
 
 
 @pytest.fixture
@@ -348,7 +350,7 @@ def test_no_session_writes_into_another_ones_slot(engine):
     async def undisturbed():
         idle = [await open_session(engine, prompt, greedy()) for prompt in PROMPTS]
         for session in idle:
-            session.commit((await engine.verify(session, random_ids(7))).judgement.token_ids)
+            await engine.verify(session, random_ids(7))
         engine.close(idle[0])
         engine.close(idle[3])
         before = [slot_bits(engine, session.slot) for session in idle]

@@ -12,6 +12,7 @@ from specpair_runtime.sampling.params import GREEDY, SamplingParams
 from specpair_runtime.sampling.rejection import SparseProbs
 from specpair_runtime.wire import read_sampling
 from specpair_target import wire
+from specpair_target.blocks import Stale
 from specpair_target.prompts import Prompts
 from specpair_target.sessions import Commit, Session, TurnOptions
 
@@ -314,8 +315,8 @@ def test_a_start_is_answered_with_the_state_of_the_session():
 
 def test_a_stale_block_is_answered_with_the_present_length():
     """So that the sender can find back."""
-    answer = wire.stale(target_pb2.Block(round=3, base_length=9), session_of([1, 2, 3, 4], 3))
-    assert answer == target_pb2.Verdict(round=3, status=target_pb2.Verdict.STATUS_STALE, base_length=4)
+    answer = wire.verdict(3, Stale(4), slots_in_use=2)
+    assert answer == target_pb2.Verdict(round=3, status=target_pb2.Verdict.STATUS_STALE, base_length=4, slots_in_use=2)
 
 
 def test_text_lengths_count_code_points():
