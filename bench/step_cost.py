@@ -21,18 +21,27 @@ from pathlib import Path
 import torch
 
 from report import machine, pin, write_report
-from specpair_runtime.models.loading import load_model
+from specpair_runtime.models.lean import prepare
+from specpair_runtime.models.loading import LoadedModel, load_model
 from specpair_runtime.models.options import DtypeName, LoadOptions, QuantizationName
 from specpair_runtime.models.runner import ModelRunner
 
-_FORMATS: dict[str, tuple[DtypeName, QuantizationName]] = {
+__all__ = ["FORMATS", "SLOTS", "Cost", "Options", "compare_bits", "load", "measure_cost", "served"]
+
+FORMATS: dict[str, tuple[DtypeName, QuantizationName]] = {
     "fp32": ("fp32", "none"),
     "bf16": ("bf16", "none"),
+    "int8dyn": ("bf16", "int8dyn"),
+    "int8wo": ("bf16", "int8wo"),
     "int8": ("bf16", "int8"),
+    "int4wo": ("bf16", "int4wo"),
     "nf4": ("bf16", "nf4"),
+    "fp4": ("bf16", "fp4"),
 }
+"""By name: dtype and quantization."""
+SLOTS = 8
+_MAX_LENGTH = 1024
 _CONTEXT = 200
-_SLOTS = 8
 _SCRATCH = 16
 
 
@@ -53,7 +62,7 @@ class Options:
     """What is measured; defaults are those of the published figures."""
 
     model: str
-    formats: tuple[str, ...] = tuple(_FORMATS)
+    formats: tuple[str, ...] = tuple(FORMATS)
     widths: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16)
     batches: tuple[int, ...] = (1, 2, 4, 8)
     width: int = 8
@@ -61,16 +70,22 @@ class Options:
     threads: int = 1
 
 
-def _runner(options: Options, name: str) -> ModelRunner:
-    dtype, quantization = _FORMATS[name]
-    loaded = load_model(LoadOptions(model=options.model, dtype=dtype, quantization=quantization, device="cpu"))
+def load(model: str, name: str) -> LoadedModel:
+    """A model on the CPU in one of `FORMATS`."""
+    dtype, quantization = FORMATS[name]
+    return load_model(LoadOptions(model=model, dtype=dtype, quantization=quantization, device="cpu"))
+
+
+def served(loaded: LoadedModel, width: int) -> ModelRunner:
+    """A runner as a service has it, its weights prepared for steps of `width` rows."""
     return ModelRunner(
         loaded.model,
-        slots=_SLOTS,
-        max_length=1024,
+        slots=SLOTS,
+        max_length=_MAX_LENGTH,
         scratch=_SCRATCH,
         vocabulary=loaded.fingerprint.vocabulary_size,
         compile_=None,
+        lean=prepare(loaded.model, positions=_MAX_LENGTH, rows=width, pack=True),
     )
 
 
@@ -96,7 +111,7 @@ def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[
     shapes = [(1, width) for width in options.widths] + [(batch, options.width) for batch in options.batches[1:]]
     times: dict[tuple[str, int, int], list[float]] = {}
     for runner in runners.values():
-        _prefill(runner, _SLOTS)
+        _prefill(runner, SLOTS)
     for _ in range(options.repeats):
         for name, runner in runners.items():
             for batch, width in shapes:
@@ -113,14 +128,14 @@ def measure_cost(runners: dict[str, ModelRunner], options: Options) -> Iterator[
 def compare_bits(name: str, runner: ModelRunner, options: Options) -> dict[str, object]:
     """How many rows differ in any bit from the same rows of one session's step, by what was changed."""
     width = options.width
-    _prefill(runner, _SLOTS)
+    _prefill(runner, SLOTS)
     reference = _step(runner, 1, width).clone()
     alignment = 0
     for shift in range(1, width):
         _prefill(runner, 1)
         moved = _step(runner, 1, width, _CONTEXT - shift)[shift:]
         alignment += _rows_that_differ(moved, reference[: width - shift])
-    _prefill(runner, _SLOTS)
+    _prefill(runner, SLOTS)
     batch = {str(size): _rows_that_differ(_step(runner, size, width), reference) for size in options.batches[1:]}
     length = {str(size): _rows_that_differ(_step(runner, 1, width, length=size), reference) for size in (512, 1024)}
     one_row = _rows_that_differ(_step(runner, 1, 1), reference[:1])
@@ -142,7 +157,7 @@ def _parse() -> tuple[Options, Path]:
     defaults = Options(model="")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub id")
-    parser.add_argument("--formats", nargs="+", choices=list(_FORMATS), default=defaults.formats)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=defaults.formats)
     parser.add_argument("--width", type=int, default=defaults.width, help="width whose bits are compared")
     parser.add_argument("--repeats", type=int, default=defaults.repeats)
     parser.add_argument("--threads", type=int, default=defaults.threads)
@@ -163,12 +178,12 @@ def main() -> None:
     options, output = _parse()
     cores = pin(options.threads)
     torch.set_num_threads(options.threads)
-    runners = {name: _runner(options, name) for name in options.formats}
+    runners = {name: served(load(options.model, name), options.width) for name in options.formats}
     costs = list(measure_cost(runners, options))
     bits = [compare_bits(name, runner, options) for name, runner in runners.items()]
     for cost in costs:
         print(
-            f"{cost.format:5} {cost.sessions} x {cost.width:2} rows "
+            f"{cost.format:7} {cost.sessions} x {cost.width:2} rows "
             f"{cost.milliseconds:8.2f} ms  x{cost.ratio_to_one_row:.2f}"
         )
     for row in bits:

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from specpair.errors import ModelLoadError
 from specpair_runtime.models.attention import flash_over_cache, grouped_sdpa
@@ -119,6 +121,24 @@ def test_a_checkpoint_that_is_quantized_already_keeps_its_own_quantization(tiny,
     with pytest.raises(ModelLoadError) as refused:
         load_model(LoadOptions(model=str(tmp_path), device="cpu", quantization="int8"))
     assert refused.value.field == "quantization"
+
+
+def test_a_checkpoint_that_torchao_saved_is_loaded_as_it_is(tiny, tmp_path):
+    """Its layers stay torchao's, in the lean decoder too, with the logits that they had before they were saved."""
+    config = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    saved = AutoModelForCausalLM.from_pretrained(
+        tiny.path("llama-blocks"), dtype=torch.bfloat16, quantization_config=config
+    )
+    saved.save_pretrained(tmp_path)
+    again = load_model(LoadOptions(model=str(tmp_path), device="cpu"))
+    assert again.quantization == "torchao"
+    assert type(again.model.model.layers[0].mlp.up_proj.weight.data) is Int8Tensor
+    again.model.set_attn_implementation("eager")
+    ids = torch.tensor([random_ids(9)])
+    with torch.inference_mode():
+        torch.testing.assert_close(again.model(ids).logits, saved(ids).logits, rtol=0.02, atol=0.2)
+    serving = runner(tiny, model=str(tmp_path), dtype="bf16")
+    assert logits_over_slot(serving).isfinite().all()
 
 
 def test_compile_options_follow_the_device(tiny):

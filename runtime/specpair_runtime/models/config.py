@@ -21,7 +21,9 @@ class ModelConfig(ServiceConfig):
     model: str = Field("", description="Directory or hub id of the model.")
     dtype: DtypeName = Field("bf16", description="Format of weights, activations and KV cache.")
     device: str = Field("auto", description="auto takes the first CUDA device, else the CPU; or cpu, cuda:1, ...")
-    quantization: QuantizationName = Field("none", description="bitsandbytes quantization of the weights.")
+    quantization: QuantizationName = Field(
+        "none", description="Format of the linear layers' weights; int8, nf4 and fp4 need bitsandbytes, ..wo torchao."
+    )
     quantization_compute_dtype: DtypeName | None = Field(
         None, description="Format that 4-bit weights are multiplied in; default: --dtype."
     )
@@ -48,6 +50,9 @@ class ModelConfig(ServiceConfig):
         None, description="Mode of torch.compile; default: reduce-overhead on CUDA, default on a CPU."
     )
     fullgraph: bool = Field(True, description="Refuse to compile a step in more than one graph.")
+    compile_cache: str = Field(
+        "auto", description="Directory for what was compiled; auto is one of the user's, off keeps and uses nothing."
+    )
 
     def compile_options(self, device_type: str) -> CompileOptions | None:
         """How to compile on a device of type "cpu", "cuda", ...; None not to."""

@@ -18,6 +18,7 @@ from specpair_runtime.models.options import (
     quantization_config,
     resolve_device,
 )
+from specpair_runtime.models.quantize import quantize_linears
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
 __all__ = ["LoadOptions", "LoadedModel", "check_causal", "check_length", "load_config", "load_model"]
@@ -34,6 +35,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     fingerprint: VocabularyFingerprint
     options: LoadOptions
+    parameters: int
+    """Those of the checkpoint, whatever they are packed into."""
 
     @property
     def max_positions(self) -> int | None:
@@ -66,6 +69,7 @@ def load_model(options: LoadOptions) -> LoadedModel:
     own = getattr(config, "quantization_config", None)
     if own is not None and options.quantization != "none":
         raise ModelLoadError(f"the checkpoint is quantized already: {_method(own)}", field="quantization")
+    quantization = quantization_config(options, device)
     try:
         model: PreTrainedModel
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -73,7 +77,7 @@ def load_model(options: LoadOptions) -> LoadedModel:
             config=config,
             dtype=DTYPES[options.dtype],
             attn_implementation=registered_name(options.attn_implementation),
-            quantization_config=quantization_config(options),
+            quantization_config=quantization,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -89,9 +93,12 @@ def load_model(options: LoadOptions) -> LoadedModel:
     if absent := sorted(report["missing_keys"]):
         # transformers fills them with random numbers.
         raise ModelLoadError(f"the checkpoint lacks {len(absent)} tensors, {absent[0]} for one", field="model")
+    parameters = model.num_parameters()
+    if options.quantization != "none" and quantization is None:
+        quantize_linears(model, options.quantization)
     model.eval()
     tokenizer = load_tokenizer(options.model)
-    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options)
+    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters)
 
 
 def load_config(model: str) -> PreTrainedConfig:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from specpair_runtime.models.quantize import DynamicInt8Linear
+
 __all__ = ["JoinedLinear", "PackedLinear", "is_plain", "pack_linears", "prepared"]
 
 # In fp32 a packed product is the slower one below so many rows.
@@ -65,23 +67,29 @@ class _Plain(nn.Module):
 class JoinedLinear(nn.Module):
     """Several layers over the same input: their outputs side by side.
 
-    Plain ones become one product, whose weights are kept once: the layers themselves are replaced by `parts`. Others,
-    quantized ones for example, are called one by one.
+    Plain ones, and those of int8dyn, become one product, whose weights are kept once: the layers themselves are
+    replaced by `parts`. Others, quantized otherwise for example, are called one by one.
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, rows: int, pack: bool) -> None:
         super().__init__()
         self.parts: list[nn.Module] = list(layers)
         self._one: nn.Module | None = None
+        dynamic = [layer for layer in layers if isinstance(layer, DynamicInt8Linear)]
+        if len(dynamic) == len(layers):
+            self._join(DynamicInt8Linear.joined(dynamic), [layer.out_features for layer in dynamic])
+            return
         plain = [layer for layer in layers if is_plain(layer)]
         biases = [layer.bias for layer in plain if layer.bias is not None]
         if len(plain) < len(layers) or len(biases) not in (0, len(layers)):
             return
         bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         weight = torch.cat([layer.weight.detach() for layer in plain])
-        self._one = prepared(weight, bias, rows=rows, pack=pack)
-        ends = list(accumulate(layer.out_features for layer in plain))
-        self.parts = [_Part(self._one, begin, end) for begin, end in pairwise([0, *ends])]
+        self._join(prepared(weight, bias, rows=rows, pack=pack), [layer.out_features for layer in plain])
+
+    def _join(self, one: nn.Module, sizes: Sequence[int]) -> None:
+        self._one = one
+        self.parts = [_Part(one, begin, end) for begin, end in pairwise(accumulate(sizes, initial=0))]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., all outputs]."""

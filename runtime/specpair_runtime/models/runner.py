@@ -133,8 +133,10 @@ class ModelRunner:
         for row, start in enumerate(starts.tolist()):
             if start == 0:
                 self._cache.clear(first_slot + row)
+        # A copy made here is an inference tensor whatever was given: what was compiled is for those.
+        ids = token_ids.to(self.device, copy=self.compiled)
         with self._kernels():
-            return self._step(first_slot, token_ids.to(self.device), self._positions(token_ids, starts), length)
+            return self._step(first_slot, ids, self._positions(token_ids, starts), length)
 
     @torch.inference_mode()
     def eager_logits(self, first_slot: int, token_ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:

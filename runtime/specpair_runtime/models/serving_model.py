@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from specpair.v1.common_pb2 import PHASE_COMPILING, PHASE_LOADING, PHASE_WARMING_UP
+from specpair_runtime.models.compile_cache import keep_compiled
 from specpair_runtime.models.config import ModelConfig
 from specpair_runtime.models.lean import prepare
 from specpair_runtime.models.loading import LoadedModel, check_length, load_model
@@ -51,8 +52,9 @@ def load_serving_model(
     loaded = load_model(config.load_options)
     max_length = min(config.max_length, loaded.max_positions or config.max_length)
     check_length(loaded.model.config, max_length)
-    parameters = loaded.model.num_parameters()
     compile_ = config.compile_options(loaded.model.device.type)
+    if compile_ is not None:
+        keep_compiled(config.compile_cache)
     lean = None
     if config.lean:
         # The narrowest steps are the most frequent ones. A compiler packs weights itself.
@@ -76,4 +78,4 @@ def load_serving_model(
     used = tuple(choose(runner) if choose is not None else widths)
     warm_up(runner, used, status.advance)
     recompilations.reset()
-    return ServingModel(loaded, runner, recompilations, used, parameters, lean is not None)
+    return ServingModel(loaded, runner, recompilations, used, loaded.parameters, lean is not None)

@@ -26,6 +26,8 @@ class ServiceConfig(BaseSettings):
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, JSON lines otherwise.")
     log_level: LogLevel = Field("info", description="Least level that is logged.")
     grace: float = Field(10.0, ge=0, description="Seconds that running calls get to finish after SIGTERM.")
+    profile: str = Field("", description="Directory to write a trace of the first engine steps to.")
+    profile_steps: int = Field(200, ge=1, le=10_000, description="Engine steps in a trace.")
     reflection: bool = Field(True, description="Answer server reflection, which grpcurl needs.")
 
     @field_validator("listen")
