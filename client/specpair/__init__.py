@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from specpair.client import SpeculativeClient
+from specpair.corpus import Corpus
 from specpair.errors import (
     CancelledError,
     DeadlineError,
@@ -27,7 +28,7 @@ from specpair.errors import (
     UnsupportedError,
 )
 from specpair.messages import Fingerprint, ModelInfo, Phase
-from specpair.params import AcceptanceRule, ChatMessage, Prompt, SamplingParams
+from specpair.params import AcceptanceRule, ChatMessage, Prediction, Prompt, SamplingParams
 from specpair.results import (
     Chunk,
     FinishReason,
@@ -48,6 +49,7 @@ __all__ = [
     "CancelledError",
     "ChatMessage",
     "Chunk",
+    "Corpus",
     "DeadlineError",
     "DraftMismatchError",
     "Fingerprint",
@@ -60,6 +62,7 @@ __all__ = [
     "OverloadedError",
     "Phase",
     "PositionExplanation",
+    "Prediction",
     "Prompt",
     "ProposerChange",
     "ProtocolError",

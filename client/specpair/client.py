@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Self, TypedDict
 
 from specpair.compatibility import Pairing
+from specpair.corpus import Corpus
 from specpair.drafting import Drafting, Kind
 from specpair.errors import DeadlineError, InvalidRequestError, SpecpairError, UnavailableError
 from specpair.grpc_transports import GrpcDraft, GrpcTarget
 from specpair.loop import Loop
 from specpair.messages import DraftStart, Explain, ModelInfo, Started
-from specpair.meter import Meter
-from specpair.params import Prompt, SamplingParams
+from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.results import PositionExplanation, Result
 from specpair.session import Session, follow
 from specpair.stream import TokenStream
@@ -36,8 +36,18 @@ class ClientOptions(TypedDict, total=False):
     """Ids to ask the proposer for in each round. None, the default: as many as measured to be fastest."""
     draft_timeout: float
     """Seconds that a draft service may take for one round, five times that for the first. Default 2."""
+    chain: int | None
+    """Blocks to send ahead of a verdict, each on the assumption that all before it comes true. None, the default: as
+    many as measured to be fastest, which is none where the network is quick. 0: none."""
     connect_timeout: float
     """Seconds for the services to say what they run, when the client first uses them. Default 5."""
+    lookup: bool | None
+    """Whether lookups propose beside the draft service's model, wherever they have brought more tokens in the time.
+    None, the default: yes, but not by themselves under the rejection rule or with a fixed draft length. False: the
+    model alone, as long as it can be reached."""
+    corpus: Corpus | None
+    """Earlier outputs and other texts to look up in, to which every finished output is added. None, the default: no
+    generation leaves anything behind for another; see `Corpus` before sharing one between callers."""
     target_transport: TargetTransport | None
     """Used in place of gRPC to the target's address."""
     draft_transport: DraftTransport | None
@@ -49,7 +59,8 @@ class SpeculativeClient:
 
     `draft` says who proposes, which decides the speed and never the output:
 
-        "HOST:PORT"         a draft service; DraftMismatchError if its vocabulary is another than the target's
+        "HOST:PORT"         a draft service, and prompt lookup beside it where that has proved better (`lookup`);
+                            DraftMismatchError if its vocabulary is another than the target's
         "auto:HOST:PORT"    the same, but prompt lookup in place of a draft with another vocabulary; "auto" alone
                             means the default address
         "ngram"             prompt lookup in this process
@@ -66,7 +77,10 @@ class SpeculativeClient:
         *,
         draft_length: int | None = None,
         draft_timeout: float = 2.0,
+        chain: int | None = None,
         connect_timeout: float = 5.0,
+        lookup: bool | None = None,
+        corpus: Corpus | None = None,
         target_transport: TargetTransport | None = None,
         draft_transport: DraftTransport | None = None,
     ) -> None:
@@ -74,6 +88,8 @@ class SpeculativeClient:
             raise InvalidRequestError("must not be negative", field="draft_length")
         if draft_timeout <= 0:
             raise InvalidRequestError("must be above 0", field="draft_timeout")
+        if chain is not None and chain < 0:
+            raise InvalidRequestError("must not be negative", field="chain")
         kind, address = _parse(draft)
         self._connect_timeout = connect_timeout
         self._target = target_transport or GrpcTarget(target)
@@ -82,26 +98,46 @@ class SpeculativeClient:
         if kind in ("model", "auto"):
             self._draft = draft_transport or GrpcDraft(address)
             pairing = Pairing(self._target, self._draft, within=connect_timeout)
-        self._drafting = Drafting(kind, pairing, length=draft_length, timeout=draft_timeout)
+        self._drafting = Drafting(
+            kind,
+            self._target,
+            pairing,
+            length=draft_length,
+            timeout=draft_timeout,
+            lookup=lookup,
+            corpus=corpus,
+            chain=chain,
+            info=self._target_info,
+        )
 
     async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        prediction: Prediction | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the services are told too
     ) -> Result:
-        """Continues a prompt. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds."""
-        async with self.stream(prompt, params, timeout=timeout) as stream:
+        """Continues a prompt. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds.
+
+        `prediction` is what the output is expected to be, for example the text that is to be edited: as far as it comes
+        true, tokens come in whole blocks. With `draft="none"` nobody proposes it.
+        """
+        async with self.stream(prompt, params, prediction=prediction, timeout=timeout) as stream:
             async for _ in stream:
                 pass
         return stream.result
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
     ) -> TokenStream:
         """Continues a prompt, chunk by chunk, with the provenance of every token."""
-        turn = Turn(prompt, params or SamplingParams())
+        turn = Turn(prompt, params or SamplingParams(), prediction)
         if self._drafting.kind == "none":
             return TokenStream(turn, follow(self._target, turn, timeout), timeout)
         session = Session(self._target, self._drafting.session(timeout), within=timeout)
@@ -170,12 +206,12 @@ class SpeculativeClient:
         """What the proposer says behind a prompt, as the first block of a session would carry it."""
         info = await self._target_info()
         ids = await self._target.tokenize(prompt)
-        draft = self._drafting.session()
+        draft = self._drafting.session(length=max(info.verify_width - 1, 0))
         try:
-            plan = await draft.plan(Meter())
+            plan = await draft.plan(Turn(prompt, params))
             started = Started("", ids, 0, len(ids), max(info.verify_width - 1, 0), info.max_length)
             loop = Loop(started, params, vocabulary_size=plan.vocabulary_size)
-            ask = loop.propose(loop.limit if self._drafting.length is None else self._drafting.length)
+            ask = loop.propose(self._drafting.length)
             proposer = plan.proposer(DraftStart(ids, params))
             block = loop.verify(ask, await proposer.propose(ask) if ask.max_tokens else None)
         finally:

@@ -15,6 +15,7 @@ import typer
 import specpair
 from specpair import demo as demonstration
 from specpair import memory
+from specpair.bench.command import bench
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, SpeculativeClient
 from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.explaining import continuation_ids, parse_ids, texts_of
@@ -58,6 +59,19 @@ _Text = Annotated[str | None, typer.Argument(help="Text to continue.", show_defa
 _File = Annotated[str | None, typer.Option(metavar="FILE", help="Take the text from a file; - is standard input.")]
 _DraftLength = Annotated[
     int | None, typer.Option(help="Tokens to propose per round; default: what is fastest.", show_default=False)
+]
+_Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Let prompt lookup propose beside the draft's model where that is faster; default: yes, but not with "
+        "--draft-length or the rejection rule.",
+        show_default=False,
+    ),
+]
+_PredictionFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Text that the output is expected to be; - is standard input."),
 ]
 _Temperature = Annotated[float | None, typer.Option(help="0, the default, is greedy.", show_default=False)]
 _TopK = Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default=False)]
@@ -118,12 +132,15 @@ def generate(
         typer.Option(metavar="N", help="With --json: log probabilities, of the N best tokens too.", show_default=False),
     ] = None,
     draft_length: _DraftLength = None,
+    lookup: _Lookup = None,
+    prediction_file: _PredictionFile = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to take at most.", show_default=False)] = None,
     as_json: _Json = False,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids in place of text.")] = False,
 ) -> None:
     """Continue a text: streamed, on a terminal coloured by who proposed each token."""
     text = _prompt(prompt, prompt_file)
+    prediction = None if prediction_file is None else _read(prediction_file, "prediction_file")
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -145,8 +162,8 @@ def generate(
 
     async def run() -> None:
         async with (
-            SpeculativeClient(target, draft, draft_length=draft_length) as client,
-            client.stream(text, params, timeout=timeout) as stream,
+            SpeculativeClient(target, draft, draft_length=draft_length, lookup=lookup) as client,
+            client.stream(text, params, prediction=prediction, timeout=timeout) as stream,
         ):
             printer = StreamPrinter(stdout, ids=ids)
             async for chunk in stream:
@@ -321,6 +338,9 @@ def demo(
     )
 
 
+app.command()(bench)
+
+
 def _biases(given: list[str] | None) -> dict[int, float] | None:
     """The biases of options such as 7=-1.5."""
     biases = {}
@@ -338,9 +358,14 @@ def _prompt(argument: str | None, file: str | None) -> str:
         raise InvalidRequestError("give either a PROMPT or --prompt-file", field="prompt")
     if argument is not None:
         return argument
+    return _read(str(file), "prompt_file")
+
+
+def _read(file: str, field: str) -> str:
+    """The text of a file, or of standard input for -."""
     try:
-        return sys.stdin.buffer.read().decode() if file == "-" else Path(str(file)).read_bytes().decode()
+        return sys.stdin.buffer.read().decode() if file == "-" else Path(file).read_bytes().decode()
     except OSError as error:
-        raise InvalidRequestError(f"cannot read {file}: {error.strerror}", field="prompt_file") from None
+        raise InvalidRequestError(f"cannot read {file}: {error.strerror}", field=field) from None
     except UnicodeDecodeError:
-        raise InvalidRequestError(f"{file} is not UTF-8 text", field="prompt_file") from None
+        raise InvalidRequestError(f"{file} is not UTF-8 text", field=field) from None

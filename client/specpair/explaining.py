@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from specpair.client import SpeculativeClient
 from specpair.errors import InvalidRequestError
+from specpair.prediction import without_prefix
 
 __all__ = ["continuation_ids", "parse_ids", "texts_of"]
 
@@ -28,9 +29,7 @@ async def continuation_ids(client: SpeculativeClient, prompt: str, text: str) ->
     before, whole, alone = await asyncio.gather(*map(client.tokenize, (prompt, prompt + text, text)))
     if whole[: len(before)] == before:
         return whole[len(before) :]
-    while alone and not await client.detokenize(alone[:1]):
-        alone = alone[1:]
-    return alone
+    return await without_prefix(alone, client.detokenize)
 
 
 async def texts_of(client: SpeculativeClient, token_ids: Iterable[int]) -> dict[int, str]:

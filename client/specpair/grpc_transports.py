@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
@@ -67,19 +67,25 @@ def _translated() -> Iterator[None]:
 
 
 class _GrpcStream(Generic[Sent, Received]):
-    """A call with a stream of responses, and perhaps one of requests."""
+    """A call with a stream of responses, and perhaps one of requests.
+
+    gRPC ends a call when a task that reads or writes is cancelled; here it is not more than the task that ends. For
+    that each operation runs as a task of its own, and the next one of its kind waits for it.
+    """
 
     def __init__(self, call: _Call, decode: Callable[[Any], Received], encode: Callable[[Sent], Message]) -> None:
         self._call = call
         self._decode = decode
         self._encode = encode
+        self._reading: asyncio.Future[Any] | None = None
+        self._writing: asyncio.Future[None] | None = None
 
     async def send(self, message: Sent) -> None:
         await self._write(self._encode(message))
 
     async def receive(self) -> Received:
         with _translated():
-            response = await self._call.read()
+            response = await self._read()
         if response is aio.EOF:
             raise ProtocolError("the service ended the stream early")
         if response is None:
@@ -89,24 +95,39 @@ class _GrpcStream(Generic[Sent, Received]):
     async def finish(self) -> None:
         with _translated():
             if isinstance(self._call, aio.StreamStreamCall):
+                if self._writing is not None:
+                    await asyncio.wait((self._writing,))
                 await self._call.done_writing()
-            while await self._call.read() is not aio.EOF:
+            while await self._read() is not aio.EOF:
                 pass
 
     def cancel(self) -> None:
         self._call.cancel()
 
+    async def _read(self) -> Any:  # noqa: ANN401 - what gRPC reads
+        if self._reading is None:
+            self._reading = _on_its_own(self._call.read())
+        response = await asyncio.shield(self._reading)
+        self._reading = None
+        return response
+
     async def _write(self, request: Message) -> None:
-        assert isinstance(self._call, aio.StreamStreamCall)
+        self._writing = _on_its_own(self._write_behind(self._writing, request))
         with _translated():
             try:
-                await self._call.write(request)
+                await asyncio.shield(self._writing)
                 return
             except asyncio.InvalidStateError:
                 # The service has ended the call: its status says why.
                 pass
         await self.receive()
         raise ProtocolError("the service sent a message that nobody asked for")
+
+    async def _write_behind(self, last: asyncio.Future[None] | None, request: Message) -> None:
+        assert isinstance(self._call, aio.StreamStreamCall)
+        if last is not None and not last.done():
+            await last
+        await self._call.write(request)
 
     @classmethod
     async def open(
@@ -120,6 +141,13 @@ class _GrpcStream(Generic[Sent, Received]):
             call.cancel()
             raise
         return stream
+
+
+def _on_its_own(work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+    """A task that nobody needs to wait for in the end."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def _nothing(message: object) -> NoReturn:

@@ -123,7 +123,8 @@ class Block:
 
     round: int
     base_length: int
-    last_token_id: int
+    last_token_id: int | None
+    """None: whatever it is, the block continues it."""
     token_ids: tuple[int, ...]
     source: Source
     draft_probs: tuple[SparseDistribution, ...] = ()
@@ -184,12 +185,16 @@ class DraftStarted:
 
 @dataclass(frozen=True, slots=True)
 class DraftAsk:
-    """Asks for the next proposal: from `from_position` on, the session's tokens are now `token_ids`."""
+    """Asks for proposals: from `from_position` on, the session's tokens are now `token_ids`."""
 
     round: int
     from_position: int
     token_ids: tuple[int, ...]
     max_tokens: int
+    proposals: int = 1
+    """How many to send; each further one continues the one before it."""
+    min_confidence: float = 0.0
+    """A proposal may end where the draft's probability of all of it falls below this; 0: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,3 +207,11 @@ class Proposal:
     source: Source
     draft_probs: tuple[SparseDistribution, ...] = ()
     draft_us: int = 0
+    confidence: tuple[float, ...] = ()
+    """The draft's own probability of each id, given those before it; empty if it was not asked for."""
+    index: int = 0
+    """Which of the ask's proposals this is."""
+    plain: int = 0
+    """With no ids: for how many rounds more there will be none, never on the wire."""
+    asked: int = 0
+    """Ids that the proposer meant the block to have, never on the wire: fewer may have been found, or worth it."""

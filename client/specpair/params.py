@@ -10,13 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["AcceptanceRule", "ChatMessage", "Prompt", "SamplingParams"]
+__all__ = ["AcceptanceRule", "ChatMessage", "Prediction", "Prompt", "SamplingParams"]
 
 ChatMessage = Mapping[str, str]
 """One message of a conversation, for example {"role": "user", "content": "Hello"}."""
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """What to continue: text, token ids, or a conversation that the target renders with its chat template."""
+
+Prediction = str | Sequence[int]
+"""What a caller expects as the output, as text or token ids: a file that is to be changed in a few places, say.
+
+It is looked up in like the session's own text, and its beginning is proposed at once. Right or wrong, it changes the
+speed alone. Text is tokenized by itself: where the end of the prompt and its beginning would make one token together,
+the first round brings one token, and the prediction is met again behind it.
+"""
 
 
 class AcceptanceRule(StrEnum):
@@ -30,7 +38,8 @@ class AcceptanceRule(StrEnum):
     REJECTION = "rejection"
     """Accepted with probability min(1, target/draft), Leviathan et al. 2023, Algorithm 1: the target's distribution,
     but not the same draw for every proposer or division into rounds; a client with a fixed `draft_length` repeats its
-    output. A draft that names other probabilities than it sampled with changes the distribution."""
+    output, if it has no lookups beside a draft service. A draft that names other probabilities than it sampled with
+    changes the distribution."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,42 +1,52 @@
-"""Who makes proposals: a draft service, prompt lookup in this process, and the one behind the other."""
+"""Who makes proposals: a draft service, and another proposer behind it. Lookups are in `combining`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from specpair.errors import ProtocolError, SpecpairError
 from specpair.loop import Ask
 from specpair.messages import DraftAsk, DraftStart, DraftStarted, Proposal
-from specpair.ngram import NgramIndex
-from specpair.pacing import FixedPacer, GoodputPacer, Pacer
+from specpair.pacing import FixedPacer, Pacer, Round
 from specpair.results import Source
 from specpair.transports import DraftTransport, ProposeStream
 
-__all__ = ["Fallback", "ModelDraft", "NgramDraft", "Nobody", "Proposer"]
+__all__ = ["Fallback", "ModelDraft", "Nobody", "Proposer", "nothing"]
 
 _log = logging.getLogger("specpair")
 
-# An ask may name up to this many ids; prompt lookup costs the same for one as for all of them.
+# Ids that a draft service proposes at once, and proposals that it sends for one ask.
 _MOST_TOKENS = 64
+_MOST_PROPOSALS = 16
 
 
 class Proposer(Protocol):
-    """Answers asks. A proposal is advice: whatever it says, the output stays the target's."""
+    """Answers asks. A proposal is advice: whatever it says, the output stays the target's.
+
+    A proposer paces itself: `ask.max_tokens` is what a block may have, and of that it proposes as much as pays by what
+    it has observed, in `Proposal.asked` how much it meant to. While `ask.ahead` is above 0 it adds one id more, if it
+    proposes anything. Whoever asks may be cancelled while it waits, and ask for something else.
+    """
 
     @property
     def name(self) -> str:
         """As in `Stats.proposer`."""
         ...
 
-    @property
-    def pacer(self) -> Pacer:
-        """Chooses how much to ask this proposer for."""
+    async def propose(self, ask: Ask) -> Proposal: ...
+
+    def observe(self, round: Round) -> None:
+        """Learns what became of a block. Not told of a turn's first, nor of those that were dropped unjudged."""
         ...
 
-    async def propose(self, ask: Ask) -> Proposal: ...
+
+def nothing(ask: Ask, *, plain: int = 0) -> Proposal:
+    """The proposal for a plain decoding step, with so many more of them to follow."""
+    return Proposal(ask.round, len(ask.token_ids), (), Source.TARGET, plain=plain)
 
 
 class Nobody:
@@ -45,29 +55,22 @@ class Nobody:
     name = "none"
 
     def __init__(self) -> None:
-        self.pacer: Pacer = FixedPacer(0)
+        self._pacer = FixedPacer(0)
 
     async def propose(self, ask: Ask) -> Proposal:
-        return Proposal(ask.round, len(ask.token_ids), (), Source.TARGET)
+        return nothing(ask, plain=self._pacer.idle())
 
-
-class NgramDraft:
-    """Prompt lookup over a turn's prompt and output."""
-
-    name = "ngram"
-
-    def __init__(self, draft_length: int | None = None) -> None:
-        self.pacer: Pacer = FixedPacer(_MOST_TOKENS if draft_length is None else draft_length)
-        self._index = NgramIndex()
-
-    async def propose(self, ask: Ask) -> Proposal:
-        self._index.extend(ask.token_ids[len(self._index) :])
-        ids = tuple(self._index.lookup(ask.max_tokens))
-        return Proposal(round=ask.round, base_length=len(ask.token_ids), token_ids=ids, source=Source.NGRAM)
+    def observe(self, round: Round) -> None:
+        pass
 
 
 class ModelDraft:
     """A session at a draft service. Every turn starts with `begin`; the service hears of it with the turn's first ask.
+
+    While blocks are sent ahead the service is asked for several proposals at once, each to be continued by the next.
+    As long as the session goes where they lead they are used up without another ask, and with the last of them goes
+    the next ask, so that the way to the service and back is seldom waited for. A session that goes elsewhere asks anew:
+    what is still on its way then belongs to an earlier round, and is passed over.
 
     `propose` raises an exception of `specpair.errors` when the service fails or breaks the protocol; the session cannot
     be used afterwards.
@@ -75,46 +78,46 @@ class ModelDraft:
 
     name = "model"
 
-    def __init__(
-        self, transport: DraftTransport, *, draft_length: int | None = None, within: float | None = None
-    ) -> None:
-        self.pacer: Pacer = GoodputPacer() if draft_length is None else FixedPacer(draft_length)
+    def __init__(self, transport: DraftTransport, pacer: Pacer, *, within: float | None = None) -> None:
+        self._pacer = pacer
         self._transport = transport
         self._within = within
         self._stream: ProposeStream | None = None
         self._start: DraftStart | None = None
-        self._known = 0
+        self._starting = 0
+        # The session's tokens as the service was last told, how many of them were committed then, and what it has
+        # proposed behind them since. Of the proposals that were asked for, `_due` are to come.
+        self._told: list[int] = []
+        self._committed = 0
+        self._said: list[int] = []
+        self._round = self._index = self._due = self._asked = 0
 
     def begin(self, start: DraftStart) -> None:
         """Starts a turn."""
         self._start = start
-        self._known = len(start.token_ids)
 
     @property
     def fresh(self) -> bool:
-        """Whether the service has not been asked in this turn yet: its first answer includes the prefill."""
-        return self._start is not None
+        """Whether the service has not answered in this turn yet: its first answer includes the prefill."""
+        return self._start is not None or self._starting > 0
+
+    def observe(self, round: Round) -> None:
+        self._pacer.observe(round)
 
     async def propose(self, ask: Ask) -> Proposal:
-        start, self._start = self._start, None
-        if start is not None and self._stream is not None:
-            await self._stream.send(start)
-        elif start is not None:
-            self._stream = await self._transport.propose(start, self._within)
-        assert self._stream is not None, "a turn starts with begin"
-        news = tuple(ask.token_ids[self._known :])
-        await self._stream.send(DraftAsk(ask.round, self._known, news, min(ask.max_tokens, _MOST_TOKENS)))
-        self._known = len(ask.token_ids)
-        answer = await self._stream.receive()
-        if start is not None:
-            if not isinstance(answer, DraftStarted):
-                raise ProtocolError("the draft proposed before it started")
-            answer = await self._stream.receive()
-        if isinstance(answer, DraftStarted):
-            raise ProtocolError("the draft started twice")
-        if (answer.round, answer.base_length) != (ask.round, self._known):
-            raise ProtocolError(f"the draft answered round {answer.round} when asked for round {ask.round}")
-        return answer
+        if (asked := self._pacer.draft_length(ask.max_tokens)) == 0:
+            return nothing(ask, plain=self._pacer.idle() if ask.max_tokens else 0)
+        if self._start is not None:
+            await self._begin(self._start)
+        agreed = self._agreed(ask.token_ids)
+        self._committed = ask.committed
+        if self._due == 0 or agreed < len(self._told) or list(ask.token_ids[agreed:]) != self._said:
+            await self._ask(agreed, ask.token_ids[agreed:], asked, ask.ahead)
+        meant = min(self._asked, ask.max_tokens)
+        answer = await self._receive()
+        if self._due == 0 and ask.ahead and answer.token_ids:
+            await self._ask(len(self._told), self._said, asked, ask.ahead)
+        return replace(answer, round=ask.round, asked=meant)
 
     async def finish(self) -> None:
         """The session has ended well: says so to the service."""
@@ -126,6 +129,58 @@ class ModelDraft:
         if self._stream is not None:
             self._stream.cancel()
 
+    async def _begin(self, start: DraftStart) -> None:
+        """Opens the session at the service, or its next turn."""
+        if self._stream is None:
+            self._stream = await self._transport.propose(start, self._within)
+            self._start = None
+        else:
+            self._start = None  # what is sent is sent, also if this task is cancelled meanwhile
+            await self._stream.send(start)
+        self._starting += 1
+        self._told, self._said, self._due = list(start.token_ids), [], 0
+        self._committed = len(self._told)
+
+    async def _ask(self, position: int, token_ids: Sequence[int], asked: int, ahead: int) -> None:
+        """Asks anew: from `position` on, the session's tokens are these."""
+        news = tuple(token_ids)
+        self._told[position:] = news
+        self._said = []
+        self._round += 1
+        self._index, self._due, self._asked = 0, min(1 + ahead, _MOST_PROPOSALS), asked
+        count = min(asked + (ahead > 0), _MOST_TOKENS)
+        assert self._stream is not None, "a turn starts with begin"
+        await self._stream.send(DraftAsk(self._round, position, news, count, self._due, self._pacer.min_confidence))
+
+    async def _receive(self) -> Proposal:
+        """The next proposal of the current round."""
+        assert self._stream is not None, "a turn starts with begin"
+        while True:
+            answer = await self._stream.receive()
+            if isinstance(answer, DraftStarted):
+                if self._starting == 0:
+                    raise ProtocolError("the draft started twice")
+                self._starting -= 1
+            elif answer.round >= self._round:
+                break
+        if self._starting:
+            raise ProtocolError("the draft proposed before it started")
+        expected = (self._round, self._index, len(self._told) + len(self._said))
+        if (answer.round, answer.index, answer.base_length) != expected:
+            raise ProtocolError(f"the draft answered round {answer.round} when asked for round {self._round}")
+        self._said += answer.token_ids
+        self._index += 1
+        self._due -= 1
+        return answer
+
+    def _agreed(self, token_ids: Sequence[int]) -> int:
+        """How many of the session's first tokens are what the service was told. What was committed then still holds."""
+        told = self._told
+        agreed = min(self._committed, len(told))
+        while agreed < min(len(told), len(token_ids)) and told[agreed] == token_ids[agreed]:
+            agreed += 1
+        return agreed
+
 
 class Fallback:
     """A draft service as long as it answers in time, prompt lookup from the round on in which it does not.
@@ -134,11 +189,12 @@ class Fallback:
     the prefill, may take five times as long. `on_loss` is called with the reason of the change.
     """
 
-    def __init__(self, draft: ModelDraft, ngram: NgramDraft, *, timeout: float, on_loss: Callable[[str], None]) -> None:
+    def __init__(self, draft: ModelDraft, ngram: Proposer, *, timeout: float, on_loss: Callable[[str], None]) -> None:
         self._draft: ModelDraft | None = draft
         self._ngram = ngram
         self._timeout = timeout
         self._on_loss = on_loss
+        self._since = 0
 
     @property
     def _current(self) -> Proposer:
@@ -147,10 +203,6 @@ class Fallback:
     @property
     def name(self) -> str:
         return self._current.name
-
-    @property
-    def pacer(self) -> Pacer:
-        return self._current.pacer
 
     async def propose(self, ask: Ask) -> Proposal:
         if (draft := self._draft) is not None:
@@ -164,8 +216,13 @@ class Fallback:
                 self._lose(draft, ask, f"draft lost: {lost}")
         return await self._ngram.propose(ask)
 
+    def observe(self, round: Round) -> None:
+        if round.round >= self._since:  # else the draft proposed it that has been lost since then
+            self._current.observe(round)
+
     def _lose(self, draft: ModelDraft, ask: Ask, reason: str) -> None:
         _log.warning("%s; going on with n-gram from round %d", reason, ask.round)
         draft.cancel()
         self._draft = None
+        self._since = ask.round
         self._on_loss(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 
 __all__ = [
     "Chunk",
@@ -87,11 +88,21 @@ class Stats:
 
     rounds: int = 0
     """Steps of the target that were applied."""
+    rounds_by_source: Mapping[Source, int] = field(default_factory=dict)
+    """The same by who proposed; TARGET for plain steps."""
     proposed: int = 0
     accepted: int = 0
     accepted_by_source: Mapping[Source, int] = field(default_factory=dict)
+    draft_lengths: Mapping[int, int] = field(default_factory=dict)
+    """How often a block had so many proposed ids, 0 included."""
+    reached_by_position: tuple[int, ...] = ()
+    """How often an id was proposed for the first, second, ... place of a block with all before it accepted."""
+    accepted_by_position: tuple[int, ...] = ()
+    """How often that id was accepted too."""
     stale: int = 0
-    """Blocks that the target dropped because they did not continue its state."""
+    """Blocks that the target dropped although they should have continued its state."""
+    dropped: int = 0
+    """Blocks sent ahead of a verdict that turned out otherwise than was assumed."""
     prompt_tokens: int = 0
     """In a session's later turns everything before the turn's output."""
     cached_tokens: int = 0
@@ -118,6 +129,20 @@ class Stats:
     def acceptance_rate(self) -> float:
         """Accepted per proposed token; 0 when nothing was proposed."""
         return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def acceptance_per_token(self) -> float | None:
+        """The chance of each id, given that those before it were accepted, with which blocks of these lengths bring as
+        many tokens (Leviathan et al. 2023, equation 1, solved for alpha); None when nothing was proposed."""
+        if not self.proposed:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            powers = [0.0, *accumulate(middle**i for i in range(1, max(self.draft_lengths) + 1))]
+            expected = sum(times * powers[length] for length, times in self.draft_lengths.items())
+            low, high = (middle, high) if expected < self.accepted else (low, middle)
+        return high
 
     @property
     def tokens_per_round(self) -> float:

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from specpair.chaining import Chain
 from specpair.drafting import SessionDraft
 from specpair.errors import ProtocolError, SpecpairError, UnavailableError
 from specpair.loop import Loop
-from specpair.messages import DraftStart, Extend, Start, Started, Verdict
-from specpair.params import Prompt, SamplingParams
+from specpair.messages import DraftStart, Extend, Start, Started
+from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.results import Chunk, Result
 from specpair.stream import TokenStream
 from specpair.transports import Receiver, TargetTransport, VerifyStream
@@ -42,7 +43,13 @@ class Session:
     fails, is cancelled or is left before its end takes the session with it; UnavailableError tells those who go on.
     """
 
-    def __init__(self, target: TargetTransport, draft: SessionDraft, *, within: float | None = None) -> None:
+    def __init__(
+        self,
+        target: TargetTransport,
+        draft: SessionDraft,
+        *,
+        within: float | None = None,
+    ) -> None:
         self._target = target
         self._draft = draft
         self._within = within
@@ -56,19 +63,25 @@ class Session:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        prediction: Prediction | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the same as in `stream`
     ) -> Result:
         """The next turn. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds."""
-        async with self.stream(prompt, params, timeout=timeout) as stream:
+        async with self.stream(prompt, params, prediction=prediction, timeout=timeout) as stream:
             async for _ in stream:
                 pass
         return stream.result
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
     ) -> TokenStream:
         """The next turn, chunk by chunk. It begins with the first iteration."""
-        turn = Turn(prompt, params or SamplingParams())
+        turn = Turn(prompt, params or SamplingParams(), prediction)
         return TokenStream(turn, self._speculate(turn), timeout)
 
     @property
@@ -108,26 +121,25 @@ class Session:
         Yields one chunk per round that committed something. Raises what the transport raises, and ProtocolError if the
         target contradicts itself.
         """
-        meter = turn.meter
         with self._whole(turn):
-            plan = await self._draft.plan(meter)
+            plan = await self._draft.plan(turn)
             stream, started = await self._begin(turn)
             loop = self._last = turn.begin(started, vocabulary_size=plan.vocabulary_size, last=self._last)
             proposer = plan.proposer(DraftStart(tuple(loop.token_ids), turn.params, session_id=started.session_id))
-            while loop.finish_reason is None:
-                pacer = proposer.pacer
-                ask = loop.propose(pacer.draft_length(loop.limit))
-                meter.begin_round()
-                proposal = await proposer.propose(ask) if ask.max_tokens else None
-                meter.proposal(proposal)
-                await stream.send(loop.verify(ask, proposal))
-                verdict, chunk = await _judged(stream, loop)
-                observed = meter.verdict(ask, verdict)
-                if meter.rounds > 1:  # the first one includes the prefill of both sides
-                    pacer.observe(observed)
-                if not verdict.stale:
-                    meter.tokens()
-                    yield chunk
+            async with Chain(stream, loop, proposer, turn.meter, self._draft.depth) as chain:
+                while loop.finish_reason is None:
+                    while chain.room:
+                        if (answered := await chain.propose()) is not None:
+                            await chain.send(loop.verify(*answered))
+                    while chain.steady:
+                        await chain.step()
+                    verdict, sent = await chain.verdict(), loop.under_way
+                    chunk = loop.commit(verdict)
+                    if sent is not None and not verdict.stale:
+                        chain.learn(sent, verdict)
+                        yield chunk
+                        turn.meter.resumed()
+            self._draft.keep(turn)
 
     async def _begin(self, turn: Turn) -> tuple[VerifyStream, Started]:
         """Opens the session, or its next turn."""
@@ -178,22 +190,11 @@ async def follow(target: TargetTransport, turn: Turn, within: float | None = Non
             if isinstance(committed, Started):
                 raise ProtocolError("the target started twice")
             chunk = loop.append(committed)
-            turn.meter.tokens()
+            turn.meter.token()
             yield chunk
         await _farewell(receiver)
     finally:
         receiver.cancel()
-
-
-async def _judged(stream: VerifyStream, loop: Loop) -> tuple[Verdict, Chunk]:
-    """The verdict on the block that is on its way, and what it adds; duplicates of earlier ones are passed over."""
-    while True:
-        verdict = await stream.receive()
-        if isinstance(verdict, Started):
-            raise ProtocolError("the target started twice")
-        chunk = loop.commit(verdict)
-        if not loop.waiting:
-            return verdict, chunk
 
 
 async def _farewell(*streams: Receiver[Any] | SessionDraft) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, ClientOptions, SpeculativeClient
 from specpair.messages import ModelInfo
-from specpair.params import Prompt, SamplingParams
+from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.results import Chunk, PositionExplanation, Result, Stats, Token
 from specpair.session import Session
 from specpair.stream import TokenStream
@@ -33,15 +33,27 @@ class SyncSpeculativeClient:
         self._client = SpeculativeClient(target, draft, **options)
         self._loop = _LoopThread()
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None) -> Result:
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
+    ) -> Result:
         """Continues a prompt; see SpeculativeClient.generate."""
-        return self._loop.run(self._client.generate(prompt, params, timeout=timeout))
+        return self._loop.run(self._client.generate(prompt, params, prediction=prediction, timeout=timeout))
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
     ) -> SyncTokenStream:
         """Continues a prompt, chunk by chunk; see SpeculativeClient.stream."""
-        return SyncTokenStream(self._client.stream(prompt, params, timeout=timeout), self._loop)
+        return SyncTokenStream(self._client.stream(prompt, params, prediction=prediction, timeout=timeout), self._loop)
 
     def session(self) -> SyncSession:
         """Several turns on one KV cache: `with client.session() as session`; see Session."""
@@ -94,15 +106,27 @@ class SyncSession:
         self._session = session
         self._loop = loop
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None) -> Result:
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
+    ) -> Result:
         """The next turn; see Session.generate."""
-        return self._loop.run(self._session.generate(prompt, params, timeout=timeout))
+        return self._loop.run(self._session.generate(prompt, params, prediction=prediction, timeout=timeout))
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prediction | None = None,
+        timeout: float | None = None,
     ) -> SyncTokenStream:
         """The next turn, chunk by chunk; see Session.stream."""
-        return SyncTokenStream(self._session.stream(prompt, params, timeout=timeout), self._loop)
+        return SyncTokenStream(self._session.stream(prompt, params, prediction=prediction, timeout=timeout), self._loop)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

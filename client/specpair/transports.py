@@ -36,7 +36,10 @@ class Receiver(Protocol[Received]):
     """The client's end of a call that answers with a stream."""
 
     async def receive(self) -> Received:
-        """The next message. Raises ProtocolError if the other side ended the stream."""
+        """The next message. Raises ProtocolError if the other side ended the stream.
+
+        Whoever is cancelled while waiting loses no message: the next call waits on.
+        """
         ...
 
     async def finish(self) -> None:
@@ -51,7 +54,9 @@ class Receiver(Protocol[Received]):
 class Stream(Receiver[Received], Protocol[Sent, Received]):
     """The client's end of a call with a stream in both directions."""
 
-    async def send(self, message: Sent) -> None: ...
+    async def send(self, message: Sent) -> None:
+        """Sends a message: all of it, also if the task is cancelled meanwhile."""
+        ...
 
 
 VerifyStream = Stream[Block | Extend, Started | Verdict]

@@ -6,18 +6,22 @@ from specpair.errors import ProtocolError
 from specpair.loop import Loop
 from specpair.messages import Started
 from specpair.meter import Meter
-from specpair.params import Prompt, SamplingParams
+from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.results import Result, Stats, Token
 
 __all__ = ["Turn"]
 
 
 class Turn:
-    """A prompt and what has come of it; its clock starts with its making."""
+    """A prompt and what has come of it; its clock starts with its making.
 
-    def __init__(self, prompt: Prompt, params: SamplingParams) -> None:
+    `prediction` is text or token ids that the caller expects as the output, or None.
+    """
+
+    def __init__(self, prompt: Prompt, params: SamplingParams, prediction: Prediction | None = None) -> None:
         self.prompt = prompt
         self.params = params
+        self.prediction = prediction
         self.meter = Meter()
         self.loop: Loop | None = None
 

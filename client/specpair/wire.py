@@ -134,7 +134,7 @@ def _block(block: Block) -> target_pb2.Block:
     return target_pb2.Block(
         round=block.round,
         base_length=block.base_length,
-        last_token_id=block.last_token_id,
+        last_token_id=block.last_token_id,  # None leaves it out
         token_ids=block.token_ids,
         draft_probs=_distributions(block.draft_probs),
         source=_SOURCES[block.source],
@@ -159,6 +159,8 @@ def propose_request(message: DraftStart | DraftAsk) -> draft_pb2.ProposeRequest:
                 from_position=message.from_position,
                 token_ids=message.token_ids,
                 max_tokens=message.max_tokens,
+                proposals=message.proposals,
+                min_confidence=message.min_confidence,
             )
             return draft_pb2.ProposeRequest(ask=ask)
 
@@ -212,6 +214,8 @@ def propose_response(response: draft_pb2.ProposeResponse) -> DraftStarted | Prop
                     for distribution in proposal.draft_probs
                 ),
                 draft_us=proposal.draft_us,
+                confidence=tuple(proposal.confidence),
+                index=proposal.index,
             )
     raise ProtocolError("the draft sent an empty message")
 

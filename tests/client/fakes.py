@@ -73,6 +73,7 @@ class Target:
     held: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
     answer: str = ""
+    ended: bool = False
 
     @classmethod
     def of(cls, prompt: object, params: SamplingParams, max_length: int = 1024) -> Target:
@@ -90,13 +91,13 @@ class Target:
             self.log = tokenized(self.messages)
         else:
             self.log = [*before, *tokenized(prompt)]
-        self.params, self.generated, self.held, self.answer = params, 0, "", ""
+        self.params, self.generated, self.held, self.answer, self.ended = params, 0, "", "", False
         pairs = zip(before[:-1], self.log[:-1], strict=False)
         return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     def judge(self, block: Block) -> Verdict:
         length = len(self.log)
-        if block.base_length != length or block.last_token_id != self.log[-1]:
+        if self.ended or block.base_length != length or block.last_token_id not in (None, self.log[-1]):
             return Verdict(block.round, True, length, 0, Committed((), "", ()))
         committed, accepted = [], 0
         for proposed in (*block.token_ids, None):
@@ -126,6 +127,7 @@ class Target:
             finish = FinishReason.MAX_NEW_TOKENS
         elif len(self.log) >= self.max_length:
             finish = FinishReason.CACHE_FULL
+        self.ended = finish is not None
         self.held += text_of(token_id)
         if token_id % 5 == 0 and finish is None:  # as half a character would be
             return token_id, "", finish
@@ -335,13 +337,20 @@ class FakeDraft:
             if isinstance(ask, DraftStart):
                 begin(ask)
                 return
-            assert ask.from_position == len(self.log)
+            assert len(self.starts[-1].token_ids) <= ask.from_position <= len(self.log)
             assert ask.max_tokens > 0
             self.asks.append(ask)
-            self.log[ask.from_position :] = ask.token_ids
-            answer = self.behaviour(self, ask)
-            if answer is not None:
+            self.log[ask.from_position :] = told = list(ask.token_ids)
+            end = ask.from_position + len(told)
+            for index in range(ask.proposals):
+                answer = self.behaviour(self, ask)
+                if answer is None:
+                    break
+                if isinstance(answer, Proposal):
+                    answer = replace(answer, index=index)
+                    self.log += answer.token_ids
                 stream.answers.append(answer)
+            del self.log[end:]  # what was proposed is not the session's yet
 
         begin(start)
         stream.send = send

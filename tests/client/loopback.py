@@ -83,9 +83,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 continue
             block = request.block
             self.blocks.append(block)
-            verdict = target.judge(
-                Block(block.round, block.base_length, block.last_token_id, tuple(block.token_ids), Source.MODEL)
-            )
+            last = block.last_token_id if block.HasField("last_token_id") else None
+            verdict = target.judge(Block(block.round, block.base_length, last, tuple(block.token_ids), Source.MODEL))
             committed = verdict.committed
             yield target_pb2.VerifyResponse(
                 verdict=target_pb2.Verdict(
@@ -182,17 +181,20 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 continue
             ask = request.ask
             log[ask.from_position :] = ask.token_ids
-            ids = continuation(log, ask.max_tokens, start.sampling.seed)
+            said = continuation(log, ask.max_tokens * ask.proposals, start.sampling.seed)
             rejection = start.sampling.rule == common_pb2.ACCEPTANCE_RULE_REJECTION
-            yield draft_pb2.ProposeResponse(
-                proposal=draft_pb2.Proposal(
-                    round=ask.round,
-                    base_length=len(log),
-                    token_ids=ids,
-                    draft_probs=[half(id_) for id_ in ids] if rejection else [],
-                    source=common_pb2.SOURCE_MODEL,
+            for index in range(ask.proposals):
+                ids = said[index * ask.max_tokens :][: ask.max_tokens]
+                yield draft_pb2.ProposeResponse(
+                    proposal=draft_pb2.Proposal(
+                        round=ask.round,
+                        index=index,
+                        base_length=len(log) + index * ask.max_tokens,
+                        token_ids=ids,
+                        draft_probs=[half(id_) for id_ in ids] if rejection else [],
+                        source=common_pb2.SOURCE_MODEL,
+                    )
                 )
-            )
 
 
 @contextlib.contextmanager

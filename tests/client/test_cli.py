@@ -82,6 +82,20 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(address, tmp_path):
     assert len(outputs) == 1
 
 
+def test_a_prediction_comes_from_a_file(address, tmp_path):
+    """A text that turns out to be the output comes in whole blocks; one that cannot be read is named."""
+    file = tmp_path / "prediction.txt"
+    file.write_text("".join(map(chr, EXPECTED)))  # tokenized to these ids
+    done = generate(address, "--json", "--draft", "ngram", "--prediction-file", str(file), PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    output = json.loads(done.stdout)
+    assert output["token_ids"] == EXPECTED
+    assert output["stats"]["accepted_by_source"].keys() == {"prediction"}
+    refused = generate(address, "--prediction-file", str(tmp_path), PROMPT)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: prediction_file: cannot read ")
+
+
 @pytest.mark.parametrize("draft", ["model", "ngram", "none"])
 def test_json_is_one_object(address, draft):
     """Text, ids and statistics as numbers."""

@@ -114,7 +114,7 @@ def test_a_lost_draft_is_replaced_by_prompt_lookup(behaviour, caplog):
     """From the very round in which it is lost, once in the log, with the reason in the statistics."""
     draft = FakeDraft(behaviour)
     with caplog.at_level(logging.WARNING, "specpair"):
-        stats = generate(None, draft).stats
+        stats = generate(None, draft, draft_length=4, chain=0).stats
     (change,) = stats.proposer_changes
     assert (change.round, change.proposer) == (3, "ngram")
     assert change.reason.startswith("draft lost: ")
@@ -296,7 +296,7 @@ def test_a_deadline_ends_a_generation(mode):
 def test_a_deadline_holds_while_the_draft_hangs():
     """A draft that may still take its time does not stretch the caller's."""
     with pytest.raises(DeadlineError):
-        generate(None, FakeDraft(fakes.hanging), draft_timeout=3600, timeout=0.05)
+        generate(None, FakeDraft(fakes.hanging), draft_timeout=3600, timeout=0.05, lookup=False)
 
 
 def test_losing_the_target_is_an_error_with_the_tokens_so_far():

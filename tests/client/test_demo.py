@@ -89,7 +89,7 @@ def test_json_is_one_object(install, models):
     figures = json.loads(output)
     assert figures["tokens_identical"] is True
     assert figures["speedup"] > 0
-    assert figures["acceptance_rate"] == 1.0
+    assert 0.5 < figures["acceptance_rate"] <= 1.0  # the draft is always right, a lookup beside it need not be
     assert figures["target_alone_tokens_per_second"] > 0
     assert figures["pair_tokens_per_second"] > 0
     assert (figures["prompts"], figures["repeats"], figures["runs"], figures["max_new_tokens"]) == (2, 2, 4, 20)

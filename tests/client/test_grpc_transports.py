@@ -17,12 +17,13 @@ from specpair import (
     OverloadedError,
     ProtocolError,
     SamplingParams,
+    Source,
     SpeculativeClient,
     SyncSpeculativeClient,
     UnavailableError,
 )
 from specpair.grpc_transports import GrpcTarget
-from specpair.messages import Start
+from specpair.messages import Block, Start, Started
 
 from .fakes import continuation
 from .loopback import DraftServicer, TargetServicer, half, serving
@@ -82,6 +83,43 @@ def test_sessions_of_several_turns(mode):
         assert list(result.token_ids) == continuation(result.prompt_token_ids, 30, 7)
         assert result.stats.proposer_changes == ()
     assert [result.stats.cached_tokens for result in results] == [0, 32, 65]
+
+
+def test_who_is_cancelled_while_waiting_loses_no_message():
+    """A receive that is given up does not end the call: the next one gets what it waited for. So it is with a send."""
+    target, draft = TargetServicer(delay=0.05), DraftServicer()
+    with serving(target, draft) as address:
+
+        async def work():
+            service = GrpcTarget(address)
+            stream = await service.verify(Start((3, 4, 5), SamplingParams()))
+            assert isinstance(await stream.receive(), Started)
+            for number, token_id in ((1, 5), (2, continuation((3, 4, 5), 1)[0])):
+                sending = asyncio.create_task(stream.send(Block(number, 2 + number, token_id, (), Source.TARGET)))
+                await asyncio.sleep(0)
+                sending.cancel()
+                for _ in range(3):
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(stream.receive(), 0.005)
+                assert (await stream.receive()).round == number
+            await stream.finish()
+            await service.close()
+
+        run(work)
+    assert [block.round for block in target.blocks] == [1, 2]
+
+
+def test_a_chain_of_blocks_over_grpc():
+    """Asks that are given up and proposals that nobody waits for any more leave the calls as they are."""
+    with serving(TargetServicer(delay=0.002), DraftServicer()) as address:
+
+        async def work():
+            async with SpeculativeClient(address, address, draft_length=2, chain=3, lookup=False) as client:
+                return await client.generate(PROMPT, PARAMS)
+
+        result = run(work)
+    assert list(result.token_ids) == EXPECTED
+    assert (result.stats.stale, result.stats.proposer_changes) == (0, ())
 
 
 def test_closing_a_session_ends_a_turn_that_waits_elsewhere():

@@ -368,7 +368,7 @@ def test_a_draft_that_was_lost_is_tried_again_with_the_next_turn(behaviour):
     target, draft = FakeTarget(), FakeDraft(behaviour)
 
     async def run():
-        async with client(target, draft, draft_length=2) as opened, opened.session() as session:
+        async with client(target, draft, draft_length=2, chain=0) as opened, opened.session() as session:
             first = await session.generate("a", PARAMS)
             draft.behaviour = fakes.perfect
             return first, await session.generate("b", PARAMS)
@@ -390,7 +390,7 @@ def test_a_change_of_proposer_is_counted_within_its_turn():
     def behaviour(draft, ask):
         return fakes.perfect(draft, ask) if len(draft.starts) == 1 else UnavailableError("gone")
 
-    first, second = turns(["a", "b"], None, FakeDraft(behaviour), draft_length=2)
+    first, second = turns(["a", "b"], None, FakeDraft(behaviour), draft_length=2, chain=0)
     assert first.stats.proposer_changes == ()
     assert [change.round for change in second.stats.proposer_changes] == [1]
 

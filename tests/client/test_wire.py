@@ -150,8 +150,9 @@ def test_blocks_and_asks():
     assert block.HasField("last_token_id")
     assert block.source == common_pb2.SOURCE_NGRAM
     assert list(block.draft_probs[0].token_ids) == [3, 4]
-    ask = wire.propose_request(DraftAsk(7, 5, (1, 2), 4)).ask
+    ask = wire.propose_request(DraftAsk(7, 5, (1, 2), 4, 3, 0.25)).ask
     assert (ask.round, ask.from_position, list(ask.token_ids), ask.max_tokens) == (7, 5, [1, 2], 4)
+    assert (ask.proposals, ask.min_confidence) == (3, 0.25)
     start = wire.propose_request(DraftStart((1, 2), SamplingParams(), Source.NGRAM, "s")).start
     assert (list(start.token_ids), start.proposer, start.session_id) == ([1, 2], common_pb2.SOURCE_NGRAM, "s")
 
@@ -230,9 +231,11 @@ def test_responses():
         source=common_pb2.SOURCE_NGRAM,
         draft_probs=[common_pb2.SparseDistribution(token_ids=[3], probs=[1.0])],
         draft_us=9,
+        confidence=[0.5],
+        index=6,
     )
     assert wire.propose_response(draft_pb2.ProposeResponse(proposal=proposal)) == Proposal(
-        4, 2, (3,), Source.NGRAM, (SparseDistribution((3,), (1.0,)),), 9
+        4, 2, (3,), Source.NGRAM, (SparseDistribution((3,), (1.0,)),), 9, (0.5,), 6
     )
     answer = draft_pb2.ProposeStarted(proposer=common_pb2.SOURCE_MODEL, max_length=8)
     assert wire.propose_response(draft_pb2.ProposeResponse(started=answer)) == DraftStarted(Source.MODEL, 8)

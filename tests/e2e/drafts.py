@@ -63,7 +63,18 @@ class FakeDraft(draft_pb2_grpc.DraftServiceServicer):
             else:
                 session.log[request.ask.from_position :] = request.ask.token_ids
                 session.asks += 1
-                yield from self.behaviour(session, request.ask)
+                yield from self._answers(session, request.ask)
+
+    def _answers(self, session, ask):
+        """As many proposals as were asked for, each behind the one before it."""
+        end = len(session.log)
+        for index in range(max(ask.proposals, 1)):
+            for answer in self.behaviour(session, ask):
+                if answer.HasField("proposal"):
+                    answer.proposal.index = index
+                    session.log += answer.proposal.token_ids
+                yield answer
+        del session.log[end:]
 
     def stop(self):
         """Ends every call at once."""

@@ -1,0 +1,1 @@
+"""`specpair bench`: how fast running services are, by what they are asked, and beside what theory says."""

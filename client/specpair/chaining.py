@@ -1,0 +1,112 @@
+"""What goes on at once in a turn: the proposer is asked while the target judges."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Self
+
+from specpair.depth import Depth
+from specpair.errors import ProtocolError
+from specpair.loop import Ask, Loop, Sent
+from specpair.messages import Block, Proposal, Started, Verdict
+from specpair.meter import Meter
+from specpair.proposers import Proposer
+from specpair.transports import VerifyStream
+
+__all__ = ["Chain"]
+
+
+class Chain:
+    """The blocks of one turn between proposer and target, `depth.blocks` of them ahead of the verdict.
+
+    With no block under way nothing runs beside the turn. Else there are up to two tasks, one that asks and one that
+    receives; they end with the `async with` block. An ask that no longer continues what there is to continue is given
+    up, for which proposers and streams are made.
+    """
+
+    def __init__(self, stream: VerifyStream, loop: Loop, proposer: Proposer, meter: Meter, depth: Depth) -> None:
+        self._stream = stream
+        self._loop = loop
+        self._proposer = proposer
+        self._meter = meter
+        self._depth = depth
+        self._ask: Ask | None = None
+        self._asking: asyncio.Task[Proposal] | None = None
+        self._receiving: asyncio.Task[Started | Verdict] | None = None
+        self._plain = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _end(self._asking)
+        await _end(self._receiving)
+
+    @property
+    def room(self) -> bool:
+        """Whether another block may go out before the next verdict."""
+        loop = self._loop
+        if not loop.waiting:
+            return loop.open
+        judged = self._receiving is not None and self._receiving.done()
+        return loop.open and not judged and loop.waiting <= self._depth.blocks
+
+    @property
+    def steady(self) -> bool:
+        """Whether a plain step may go out before the next verdict, since nothing would be proposed for it."""
+        return self._plain > 0 and self._loop.waiting <= self._depth.steps and self._loop.steady
+
+    async def propose(self) -> tuple[Ask, Proposal] | None:
+        """What the proposer says to continue with; None if a verdict came first, which may change the question."""
+        loop = self._loop
+        if self._ask is None or not loop.stands(self._ask):
+            await _end(self._asking)
+            self._meter.asking(loop.applied + loop.waiting + 1)
+            self._ask, self._asking = loop.propose(ahead=self._depth.blocks), None
+        if loop.waiting:
+            self._asking = self._asking or asyncio.create_task(self._proposer.propose(self._ask))
+            self._receiving = self._receiving or asyncio.create_task(self._stream.receive())
+            await asyncio.wait((self._asking, self._receiving), return_when=asyncio.FIRST_COMPLETED)
+            if self._receiving.done():
+                return None
+        proposal = await (self._asking or self._proposer.propose(self._ask))
+        answered, self._ask, self._asking = (self._ask, proposal), None, None
+        self._meter.answered(proposal)
+        self._plain = proposal.plain
+        return answered
+
+    async def step(self) -> None:
+        """Sends a plain step to the target."""
+        self._plain -= 1
+        self._meter.asking(self._loop.applied + self._loop.waiting + 1)
+        await self.send(self._loop.step())
+
+    async def send(self, block: Block) -> None:
+        """Sends a block to the target."""
+        self._meter.sending(block, alone=self._loop.waiting == 1)
+        await self._stream.send(block)
+
+    async def verdict(self) -> Verdict:
+        """The target's next verdict."""
+        receiving, self._receiving = self._receiving, None
+        message = await (self._stream.receive() if receiving is None else receiving)
+        if isinstance(message, Started):
+            raise ProtocolError("the target started twice")
+        return message
+
+    def learn(self, sent: Sent, verdict: Verdict) -> None:
+        """What the verdict on a block tells those who choose lengths."""
+        round, trip = self._meter.verdict(sent, verdict)
+        if self._loop.applied > 1:  # a turn's first round includes the prefill of both sides
+            self._proposer.observe(round)
+            self._depth.observe(round, trip, sent.proposal.draft_us if sent.proposal is not None else 0)
+
+
+async def _end(task: asyncio.Task[Any] | None) -> None:
+    """Ends a task that nobody waits for any more."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
