@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check protos
+.PHONY: help venv demo test bench check protos
 
 help:  ## Show this.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,11 @@ test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
 	@if ! command -v npm > /dev/null; then echo 'npm is missing: the test of the protos with buf is skipped'; \
 	elif ! $(MAKE) --silent node_modules/.installed; then echo 'npm failed: the test of the protos with buf is skipped'; fi
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed  ## Measure everything; ARGS='--only sessions' a part, ARGS=--help the parts.
+	@$(BIN)/python -c 'import matplotlib' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[bench]' \
+	|| echo 'pip failed: there will be no plots'
+	$(BIN)/python bench/complete.py $(ARGS)
 
 check: .venv/.installed node_modules/.installed  ## Run linters and type checkers.
 	$(BIN)/ruff check .

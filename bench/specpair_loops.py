@@ -15,9 +15,10 @@ from specpair import SamplingParams, SpeculativeClient
 from specpair.results import Stats
 from specpair.services import Service, started
 
-__all__ = ["NAMES", "ServiceSettings", "SpecpairLoop", "serve_loops"]
+__all__ = ["NAMES", "ServiceSettings", "SpecpairLoop", "serve_loops", "wait"]
 
-NAMES = (ALONE, f"{SPECPAIR}ngram", f"{SPECPAIR}pair")
+_NGRAM, _PAIR, _COMBINED = f"{SPECPAIR}ngram", f"{SPECPAIR}pair", f"{SPECPAIR}combined"
+NAMES = (ALONE, _NGRAM, _PAIR, _COMBINED)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def serve_loops(
     `draft_length` is for the draft model and for n-gram; None leaves it to the client.
     """
     with started(settings.flags("target"), settings.flags("draft")) as (target, draft), asyncio.Runner() as runner:
-        runner.run(_wait((target, draft), progress))
-        drafts = {ALONE: "none", f"{SPECPAIR}ngram": "ngram", f"{SPECPAIR}pair": draft.address}
-        clients = {name: runner.run(_connect(target.address, drafts[name], draft_length)) for name in names}
+        runner.run(wait((target, draft), progress))
+        drafts = {ALONE: "none", _NGRAM: "ngram", _PAIR: draft.address, _COMBINED: draft.address}
+        clients = {
+            name: runner.run(_connect(target.address, drafts[name], draft_length, lookup=name == _COMBINED))
+            for name in names
+        }
         try:
             yield [
-                SpecpairLoop(name, client, max_new_tokens, runner, draft_length if name == f"{SPECPAIR}pair" else None)
+                SpecpairLoop(name, client, max_new_tokens, runner, draft_length if name == _PAIR else None)
                 for name, client in clients.items()
             ]
         finally:
@@ -96,14 +100,15 @@ def serve_loops(
                 runner.run(client.aclose())
 
 
-async def _wait(services: Sequence[Service], progress: Callable[[str], None]) -> None:
+async def wait(services: Sequence[Service], progress: Callable[[str], None]) -> None:
+    """Until all of them serve."""
     for service in services:
         await service.wait(progress)
 
 
-async def _connect(target: str, draft: str, draft_length: int | None) -> SpeculativeClient:
+async def _connect(target: str, draft: str, draft_length: int | None, *, lookup: bool) -> SpeculativeClient:
     """A client, made where its event loop runs."""
-    return SpeculativeClient(target, draft, draft_length=draft_length)
+    return SpeculativeClient(target, draft, draft_length=draft_length, lookup=lookup)
 
 
 def _parts(stats: Stats) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""transformers' own loops and specpair's on the same weights, prompts and cores: `python bench/yardstick.py`.
+"""Other runtimes' loops and specpair's on the same weights, prompts and cores: `python bench/yardstick.py`.
 
-Measures in one run, in turns: `generate` plain, with a static cache, compiled, assisted by the draft and with prompt
-lookup; and specpair's target alone, with n-gram and with the draft service, through the real services. Greedy, end of
-sequence ignored. Prints a table, writes JSON to bench/results/, and ends with code 1 where tokens differ that must not.
+Measures in one run, in turns: transformers' `generate` plain, with a static cache, compiled, assisted by the draft and
+with prompt lookup; llama.cpp and OpenVINO GenAI, alone and with the draft, where they are installed; and specpair's
+target alone, with n-gram and with the draft service, through the real services. Greedy, end of sequence ignored. Prints
+a table, writes JSON to bench/results/, and ends with code 1 where tokens differ that must not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,12 +25,15 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+import llama_loops
+import openvino_loops
 import specpair_loops
 import transformers_loops
+from conversions import PeerError
 from measuring import ALONE, GENERATE, SPECPAIR, Loop, Runs, Summary, agreement, differences, measure, summarize
 from report import OtherWork, machine, pin, relative, write_report
 
-_NAMES = (*transformers_loops.NAMES, *specpair_loops.NAMES)
+_NAMES = (*transformers_loops.NAMES, *llama_loops.NAMES, *openvino_loops.NAMES, *specpair_loops.NAMES)
 _COMPILED = "generate-compiled"
 # Warm-up runs of each prompt for what compiles: the second may compile again, with dynamic shapes.
 _WARM_UPS = 2
@@ -55,6 +60,8 @@ class Options:
     draft_threads: int
     target_options: str
     draft_options: str
+    llama: llama_loops.LlamaTools
+    openvino_python: Path | None
     json: Path
     remarks: tuple[str, ...]
 
@@ -91,6 +98,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--draft-threads", type=_positive, metavar="N", help="the draft service's; default: half of the cores")
     add("--target-options", default="", metavar="FLAGS", help="more flags for the target service")
     add("--draft-options", default="", metavar="FLAGS", help="more flags for the draft service")
+    add("--llama-dir", type=Path, metavar="DIR", help="has llama-server; default: PATH")
+    add("--llama-source", type=Path, metavar="DIR", help="llama.cpp's sources, whose converter is needed once a model")
+    add("--llama-python", type=Path, metavar="PATH", help="an interpreter that can run it; default: this one")
+    add("--openvino-python", type=Path, metavar="PATH", help="an interpreter with openvino-genai and optimum-intel")
     add("--json", type=Path, metavar="PATH", help="default: bench/results/yardstick_DTYPE.json")
     add("--remarks", nargs="+", default=(), help="goes into the JSON")
     given = vars(parser.parse_args(arguments))
@@ -100,6 +111,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     for service in ("target_threads", "draft_threads"):  # as `specpair demo` does
         given[service] = given[service] or max(1, given["cores"] // 2)
     given["json"] = given["json"] or Path(f"bench/results/yardstick_{given['dtype']}.json")
+    given["llama"] = llama_loops.LlamaTools(
+        _whole(given.pop("llama_dir")),
+        _whole(given.pop("llama_source")),
+        _whole(given.pop("llama_python")) or Path(sys.executable),
+    )
+    given["openvino_python"] = _whole(given["openvino_python"])
     # Always in the order of the table.
     given["loops"] = tuple(name for name in _NAMES if name in given["loops"])
     return Options(**{**given, "remarks": tuple(given["remarks"])})
@@ -115,13 +132,23 @@ def read_prompts(options: Options) -> list[list[int]]:
     return [tokenizer(entry["text"])["input_ids"] for entry in entries[: options.prompts]]
 
 
-def warm_up(loops: Sequence[Loop], prompts: Sequence[Sequence[int]]) -> None:
-    """The first call of a loop pays for connections and buffers, and what compiles does so for every new shape."""
+def warm_up(loops: Sequence[Loop], prompts: Sequence[Sequence[int]]) -> tuple[list[Loop], list[str]]:
+    """The first call of a loop pays for connections and buffers, and what compiles does so for every new shape.
+
+    Returns the loops that work, and a message for each peer that does not.
+    """
     # The longest first: transformers keeps the largest static cache it once needed.
     ordered = sorted(prompts, key=len, reverse=True)
+    working, skipped = [], []
     for loop in loops:
-        for prompt in ordered * _WARM_UPS if loop.name == _COMPILED else ordered[:1]:
-            loop.run(prompt)
+        try:
+            for prompt in ordered * _WARM_UPS if loop.name == _COMPILED else ordered[:1]:
+                loop.run(prompt)
+        except PeerError as unable:
+            skipped.append(f"{loop.name}: skipped: {unable}")
+        else:
+            working.append(loop)
+    return working, skipped
 
 
 def ratios(summaries: Sequence[Summary]) -> dict[str, dict[str, float]]:
@@ -191,21 +218,22 @@ def main() -> None:
     stdout, stderr = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     prompts, other = read_prompts(options), OtherWork()
     with contextlib.ExitStack() as stack, stderr.status("loading") as status:
-        loops = _loops(options, stack, status.update)
+        loops, unable = _loops(options, stack, status.update)
         status.update("warming up")
-        warm_up(loops, prompts)
+        loops, failing = warm_up(loops, prompts)
         runs = measure(loops, prompts, options.repeats, status.update)
     summaries = [summarize(loop, runs[loop.name]) for loop in loops]
     wrong = differences(runs, exact=options.dtype == "fp32")
     stdout.print(table(summaries, agreement_with_generate(runs)))
-    for line in options.skipped:
+    skipped = (*options.skipped, *unable, *failing)
+    for line in skipped:
         stdout.print(line)
     measured = {
         "cores_busy_with_other_work": other.cores(),
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "loops": figures(summaries, runs),
         "differences": wrong,
-        "skipped": options.skipped,
+        "skipped": skipped,
         "remarks": options.remarks,
     }
     write_report(options.json, measured, facts)
@@ -213,10 +241,12 @@ def main() -> None:
         sys.exit("\n".join(wrong))
 
 
-def _loops(options: Options, stack: contextlib.ExitStack, progress: Callable[[str], None]) -> list[Loop]:
-    """The chosen loops; services run until the stack unwinds."""
+def _loops(
+    options: Options, stack: contextlib.ExitStack, progress: Callable[[str], None]
+) -> tuple[list[Loop], list[str]]:
+    """The chosen loops, and a message for each peer that is not there; services run until the stack unwinds."""
     loops: list[Loop] = []
-    if theirs := [name for name in options.chosen if not name.startswith(SPECPAIR)]:
+    if theirs := [name for name in options.chosen if name in transformers_loops.NAMES]:
         loops += transformers_loops.load_loops(
             options.models,
             theirs,
@@ -225,6 +255,8 @@ def _loops(options: Options, stack: contextlib.ExitStack, progress: Callable[[st
             max_new_tokens=options.max_new_tokens,
             draft_length=options.assistant_tokens,
         )
+    peers, skipped = _peers(options, stack, progress)
+    loops += peers
     if ours := [name for name in options.chosen if name.startswith(SPECPAIR)]:
         settings = specpair_loops.ServiceSettings(
             models=options.models,
@@ -244,13 +276,43 @@ def _loops(options: Options, stack: contextlib.ExitStack, progress: Callable[[st
                 progress=progress,
             )
         )
-    return loops
+    return loops, skipped
+
+
+def _peers(
+    options: Options, stack: contextlib.ExitStack, progress: Callable[[str], None]
+) -> tuple[list[Loop], list[str]]:
+    """Loops of other programs. Each is optional."""
+    same = {
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "max_new_tokens": options.max_new_tokens,
+        "draft_length": options.assistant_tokens,
+        "progress": progress,
+    }
+    ways = (
+        (llama_loops.NAMES, partial(llama_loops.serve_loops, options.llama)),
+        (openvino_loops.NAMES, partial(openvino_loops.serve_loops, options.openvino_python)),
+    )
+    loops: list[Loop] = []
+    skipped = []
+    for known, serve in ways:
+        if names := [name for name in options.chosen if name in known]:
+            try:
+                if options.device != "cpu":
+                    raise PeerError("measured on a CPU only")
+                loops += stack.enter_context(serve(options.models, names, **same))
+            except (PeerError, OSError) as unable:
+                skipped += [f"{name}: skipped: {unable}" for name in names]
+    return loops, skipped
 
 
 def _plain(options: Options) -> dict[str, object]:
     """Options as JSON can have them."""
     told = {name: relative(str(value)) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    del told["remarks"], told["json"]  # said elsewhere, or by where this stands
+    # Said elsewhere, or by where this stands, or places of a machine.
+    for name in ("remarks", "json", "llama", "openvino_python"):
+        del told[name]
     return told
 
 
@@ -268,6 +330,11 @@ def _rounded(value: object) -> object:
 
 def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _whole(path: Path | None) -> Path | None:
+    """Absolute, since converters run elsewhere; links stay, which virtual environments are made of."""
+    return path.absolute() if path else None
 
 
 def _positive(text: str) -> int:

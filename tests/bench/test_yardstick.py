@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,26 +11,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-# Scripts in bench/ import each other by plain name, as Python lets scripts do: each after what it imports.
-MODULES = ("measuring", "report", "transformers_loops", "specpair_loops", "yardstick")
+from .loading import ROOT, scripts
 
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # for dataclasses, and for the scripts that import it
-    spec.loader.exec_module(module)
-    return module
+MODULES = (
+    *("measuring", "report", "conversions", "transformers_loops", "llama_loops", "openvino_loops", "specpair_loops"),
+    "yardstick",
+)
 
 
 @pytest.fixture(scope="module")
 def bench():
     """Modules of bench/ and tools/make_benchmark_pair by name."""
-    paths = [*(ROOT / "bench" / f"{name}.py" for name in MODULES), ROOT / "tools/make_benchmark_pair.py"]
-    yield {path.stem: _load(path) for path in paths}
-    for path in paths:
-        del sys.modules[path.stem]
+    tools = ("tools/pair_acceptance", "tools/make_benchmark_pair")
+    with scripts(*(f"bench/{name}" for name in MODULES), *tools) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +89,6 @@ def test_proposals_are_counted(measuring):
     assert summary.acceptance_per_token == pytest.approx((3**0.5 - 1) / 2)  # a with 1 + a + a² = 1.5
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3, 0.72, 1.0])
-def test_acceptance_per_token_inverts_the_expected_tokens(measuring, rate):
-    """The rate that Leviathan's formula turns into the tokens per round is found again."""
-    tokens = sum(rate**power for power in range(6))
-    assert measuring.acceptance_per_token(tokens, 5) == pytest.approx(rate, abs=1e-9)
-
-
 def test_ratios_are_to_what_was_measured(measuring, bench):
     """Ratios are of speeds, to plain `generate` and to the target alone, each only if it ran."""
     speeds = {"generate": [2.0], "generate-static": [1.0], "specpair-alone": [4.0]}
@@ -149,6 +135,7 @@ def test_defaults(bench):
     """Everything is measured but what takes minutes, transformers on a thread per core, each service on half."""
     options = bench["yardstick"].parse([])
     assert options.chosen == tuple(name for name in options.loops if name != "generate-compiled")
+    assert {"llama-draft", "openvino-draft"} < set(options.chosen)
     assert [line.partition(":")[0] for line in options.skipped] == ["generate-compiled"]
     assert (options.cores, options.threads, options.target_threads, options.draft_threads) == (2, 2, 1, 1)
     assert options.json == Path("bench/results/yardstick_bf16.json")
@@ -276,3 +263,39 @@ def test_a_draft_has_fewer_layers(bench, tmp_path, layers):
     with pytest.raises(ValueError, match="draft_layers must be from 1 to 2"):
         make.make_pair(make.PairOptions(tmp_path, layers=3, draft_layers=layers))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not (ROOT / "models/demo/target").exists(), reason="models/demo is not there")
+def test_acceptance_can_be_chosen(bench, tmp_path):
+    """The factor found makes a pair whose acceptance, measured again by assisted generation, is near what was asked."""
+    make = bench["make_benchmark_pair"]
+    options = make.PairOptions(
+        tmp_path, hidden_size=64, layers=3, acceptance=0.7, spread=0.3, dtype="fp32", source=ROOT / "models/demo"
+    )
+    make.make_pair(options)
+    made = json.loads((tmp_path / "pair.json").read_text())
+    assert made["acceptance_per_token"] == pytest.approx(0.7, abs=0.1)
+    (loop,) = bench["transformers_loops"].load_loops(
+        tmp_path, ["generate-assisted"], dtype="fp32", device="cpu", max_new_tokens=96, draft_length=5
+    )
+    prompts = bench["yardstick"].read_prompts(bench["yardstick"].parse(["--models", str(tmp_path), "--prompts", "8"]))
+    shortest = min(map(len, prompts))
+    runs = [loop.run(prompt[-shortest:]) for prompt in prompts]
+    per_round = sum(len(run.token_ids) for run in runs) / sum(run.rounds for run in runs)
+    rate = bench["measuring"].acceptance_per_token(per_round, 5)
+    assert rate == pytest.approx(made["acceptance_per_token"], abs=0.05)
+
+
+def test_rounds_follow_from_agreement(bench):
+    """A round ends with its first disagreement or after k proposals, and always adds a token of the target's own."""
+    rounds = bench["pair_acceptance"].tokens_per_round
+    assert rounds([[True] * 13], 5) == 6.0
+    assert rounds([[False] * 13], 5) == 1.0
+    assert rounds([[True, False, True, True, True] + [True] * 5], 2) == pytest.approx((2 + 3 + 3) / 3)
+
+
+def test_the_factor_is_found_by_halving(bench):
+    """Of a rate that falls as the factor grows."""
+    factor, rate = bench["pair_acceptance"].find_factor(lambda factor: 1 - factor, 0.9, steps=12)
+    assert factor == pytest.approx(0.1, rel=0.01)
+    assert rate == pytest.approx(0.9, abs=0.001)
