@@ -17,7 +17,7 @@ _PAIR = f"{SPECPAIR}pair"
 _PROMPT_LENGTH = 128
 _PEERS = ("llama-draft", "openvino-draft")
 _LOOPS = ("generate", "generate-assisted", "generate-lookup", "llama-alone", "llama-draft", "openvino-alone")
-_ALL = (*_LOOPS, "openvino-draft", f"{SPECPAIR}alone", f"{SPECPAIR}ngram", _PAIR)
+_ALL = (*_LOOPS, "openvino-draft", f"{SPECPAIR}alone", f"{SPECPAIR}ngram", _PAIR, f"{SPECPAIR}combined")
 
 
 def yardstick(name: str, *, decides: bool, max_new_tokens: int, prompts: int, repeats: int | None = None) -> Measure:

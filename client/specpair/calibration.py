@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
-__all__ = ["Calibration"]
+__all__ = ["UNENDING", "Calibration"]
+
+# Less than any product of probabilities that matters: asks for confidence, and ends nothing.
+UNENDING = 1e-30
 
 # Upper ends of the classes of confidence. The last one is reached by certainty only, and never ends a proposal.
 _EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -44,11 +47,11 @@ class Calibration:
         return self._measured(bisect_right(_EDGES, confidence))
 
     def confidence_for(self, probability: float) -> float:
-        """The confidence below which proposals are less probable than this, from the lowest up; in [0.02, 0.9].
+        """The confidence below which proposals are less probable than this, from the lowest up; in (0, 0.9].
 
         Never 0, since a draft that is not asked for its confidence does not give it, and nothing can be learnt.
         """
-        for place, below in enumerate((_EDGES[0], *_EDGES)):
+        for place, below in enumerate((UNENDING, *_EDGES)):
             if self._measured(place) >= probability:
                 return below
         return _EDGES[-1]

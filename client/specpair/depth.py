@@ -24,7 +24,7 @@ _DEEPEST = 8
 _MESSAGE = 2e-4
 # By how much the time of a round must fall for blocks to be sent ahead, and to be sent ahead no more: what is measured
 # moves about, and chains that come and go cost more than either.
-_BEGIN, _END = 0.95, 0.99
+_BEGIN, _END = 0.9, 0.95
 _KEEP = 1.0 - 1.0 / 40.0
 # The acceptance of ids speaks for that of guesses as if so many had been observed.
 _PRIOR = 4.0

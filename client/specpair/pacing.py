@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from specpair.calibration import Calibration
+from specpair.calibration import UNENDING, Calibration
 from specpair.results import Source
 
 __all__ = ["FixedPacer", "GoodputPacer", "Mean", "Pacer", "Round"]
@@ -29,6 +29,14 @@ _MOST_IDLE = 32
 _SURPRISE = 3.0
 # What all positions have in common speaks for one of them as if it had been observed so often there.
 _WEIGHT = 2.0
+# The acceptance expected of an unknown draft speaks as if it had been observed so often.
+_PRIOR = 8.0
+# Rounds with a proposal after which no more is spent on trying than usual.
+_SURE = 20.0
+# Rounds with a proposal in which a draft's confidence is only listened to.
+_HEARD = 5
+# Rounds with a proposal in a row, when a draft that does not pay is tried again: the first has to catch up.
+_TRIAL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +136,10 @@ class GoodputPacer:
         self._explore_every = explore_every
         self._idle_budget = idle_budget
         # For position i of a proposal: how often it was asked for and drafted, and how often all before it had been
-        # accepted and it was too. The acceptance is pooled over the positions with a prior worth two observations,
-        # which speaks for positions not yet tried.
+        # accepted and it was too. The acceptance is pooled over the positions, and speaks for those not yet tried.
         self._positions: list[_Position] = []
-        self._pooled_reached, self._pooled_accepted = 2.0, 2.0 * acceptance
+        self._pooled_reached, self._pooled_accepted = _PRIOR, _PRIOR * acceptance
+        self._speculated = 0
         self._draft_cost = _Line(self._keep)
         # Rounds with a proposal and plain ones take their own times: plain steps go ahead of verdicts without a risk.
         self._verify_seconds, self._plain_seconds = Mean(self._keep), Mean(self._keep)
@@ -139,7 +147,9 @@ class GoodputPacer:
         self._calibration = Calibration(keep=self._keep)
         self._goodput = 0.0
         self._rounds = 0
-        self._idle = self._patience = 0
+        self._idle = self._patience = self._trial = 0
+        # What a draft takes longer when it was not asked for a while, and has tokens to read first.
+        self._catch_up = Mean(self._keep)
 
     def draft_length(self, limit: int) -> int:
         self._rounds += 1
@@ -149,8 +159,16 @@ class GoodputPacer:
             return min(self._start, limit)
         best, gain = self._best(limit)
         if gain <= 0.0:
-            self._patience = int(-gain / self._idle_budget)
-            return 0 if self._idle < self._patience else best
+            if self._trial > 0:
+                return best
+            # Little is known at first, and much is at stake: then it is worth more to know.
+            budget = self._idle_budget * max(1.0, _SURE / (self._speculated + 1))
+            loss = self._catch_up.value / max(self._plain_seconds.value, 1e-9) - gain * _TRIAL
+            self._patience = int(loss / budget)
+            if self._idle < self._patience:
+                return 0
+            self._trial = _TRIAL
+            return best
         if self._rounds % self._explore_every == 0:
             up = self._rounds // self._explore_every % 2 == 0
             return min(best + 1, limit) if up else max(best - 1, 1)
@@ -164,7 +182,10 @@ class GoodputPacer:
         # The id that is looked at has been drafted already. What ends with it is the id and those behind it, of which
         # the next one would be worth about as much, times the rate of acceptance.
         worth = self._draft_cost.slope * self._goodput / (1.0 + self._pooled)
-        return self._calibration.confidence_for(worth) if worth >= _LEAST_CONFIDENCE else 0.0
+        if worth < _LEAST_CONFIDENCE:
+            return 0.0
+        # A draft's own word is not believed before it was heard a few times.
+        return self._calibration.confidence_for(worth) if self._speculated >= _HEARD else UNENDING
 
     def observe(self, round: Round) -> None:
         self._forward_seconds.add(round.forward_seconds)
@@ -173,10 +194,16 @@ class GoodputPacer:
             self._idle += 1
             return
         self._verify_seconds.add(_bounded(round.verify_seconds, self._verify_seconds.value))
-        self._idle = 0
+        rested, self._idle = self._idle > 0, 0
+        self._trial = max(self._trial - 1, 0)
+        self._speculated += 1
         ended_early = round.ended_early
         drafted = round.proposed + 1 if ended_early else round.asked
-        self._draft_cost.add(drafted, _bounded(round.draft_seconds, self._draft_cost.at(drafted)))
+        usual = self._draft_cost.at(drafted)
+        if rested and self._draft_cost.known:
+            self._catch_up.add(max(round.draft_seconds - usual, 0.0))
+        else:
+            self._draft_cost.add(drafted, _bounded(round.draft_seconds, usual))
         self._calibration.observe(round.confidence, round.accepted)
         self._pooled_reached *= self._keep
         self._pooled_accepted *= self._keep

@@ -49,10 +49,10 @@ def plot_comparison(comparisons: Sequence[Comparison], directory: Path) -> Path:
     axes = figure.subplots()
     fixed = [one for one in comparisons if isinstance(one.draft_length, int)]
     axes.plot([one.draft_length for one in fixed], [one.measured for one in fixed], marker="o", label="measured")
-    known = [one for one in fixed if one.pipelined is not None]
-    lengths = [one.draft_length for one in known]
-    axes.plot(lengths, [one.serial for one in known], linestyle=":", label="theory, serial")
-    axes.plot(lengths, [one.pipelined for one in known], linestyle="--", label="theory, pipelined")
+    serial = [(one.draft_length, one.serial) for one in fixed if one.serial is not None]
+    pipelined = [(one.draft_length, one.pipelined) for one in fixed if one.pipelined is not None]
+    for points, style, label in ((serial, ":", "theory, serial"), (pipelined, "--", "theory, pipelined")):
+        axes.plot([length for length, _ in points], [value for _, value in points], linestyle=style, label=label)
     for one in comparisons:
         if one.draft_length == "auto":
             axes.axhline(one.measured, color="grey", linewidth=1, label="measured, auto")
