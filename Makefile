@@ -26,7 +26,7 @@ test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
 bench: .venv/.installed  ## Measure everything; ARGS='--only sessions' a part, ARGS=--help the parts.
 	@$(BIN)/python -c 'import matplotlib' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[bench]' \
 	|| echo 'pip failed: there will be no plots'
-	$(BIN)/python bench/complete.py $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python bench/complete.py $(ARGS)
 
 check: .venv/.installed node_modules/.installed  ## Run linters and type checkers.
 	$(BIN)/ruff check .

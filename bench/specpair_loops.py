@@ -118,6 +118,7 @@ def _parts(stats: Stats) -> dict[str, float]:
         "proposing": stats.proposing_seconds,
         "drafting": stats.drafting_seconds,
         "verifying": stats.verifying_seconds,
+        "judging": stats.judging_seconds,
         "queued": stats.queued_seconds,
         "wire": stats.wire_seconds,
     }

@@ -163,6 +163,7 @@ class Verdict:
     committed: Committed
     queue_us: int = 0
     forward_us: int = 0
+    judge_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

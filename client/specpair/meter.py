@@ -46,7 +46,7 @@ class Meter:
         self._first: float | None = None
         self._last = self._asked = self._resumed = self._begin
         self._times: dict[int, _Times] = {}
-        self._proposing = self._drafting = self._verifying = self._queued = self._wire = 0.0
+        self._proposing = self._drafting = self._verifying = self._judging = self._queued = self._wire = 0.0
         self._lengths: Counter[int] = Counter()
         self._sources: Counter[Source] = Counter()
         self._reached: Counter[int] = Counter()
@@ -93,6 +93,7 @@ class Meter:
         self._proposing += proposing
         self._queued += queued
         self._verifying += verifying
+        self._judging += verdict.judge_us / 1e6
         self._wire += max(waiting - queued - verifying, 0.0)
         self._count(sent, verdict)
         proposal = sent.proposal
@@ -151,6 +152,7 @@ class Meter:
             proposing_seconds=self._proposing,
             drafting_seconds=self._drafting,
             verifying_seconds=self._verifying,
+            judging_seconds=self._judging,
             queued_seconds=self._queued,
             wire_seconds=self._wire,
             proposer=self._proposer,

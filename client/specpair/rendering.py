@@ -117,6 +117,7 @@ def result_object(result: Result) -> dict[str, object]:
             "proposing_seconds": stats.proposing_seconds,
             "drafting_seconds": stats.drafting_seconds,
             "verifying_seconds": stats.verifying_seconds,
+            "judging_seconds": stats.judging_seconds,
             "queued_seconds": stats.queued_seconds,
             "wire_seconds": stats.wire_seconds,
             "proposer": stats.proposer,

@@ -116,7 +116,9 @@ class Stats:
     drafting_seconds: float = 0.0
     """The draft's forward passes or lookups, as it reports them; run-ahead hides part of it."""
     verifying_seconds: float = 0.0
-    """The target's forward passes, as it reports them."""
+    """The target's steps, as it reports them."""
+    judging_seconds: float = 0.0
+    """The part of those behind the forward passes."""
     queued_seconds: float = 0.0
     """Blocks waiting for the target's engine, prefill included, as it reports it."""
     wire_seconds: float = 0.0

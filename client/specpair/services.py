@@ -38,8 +38,8 @@ class Service:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Waiting OpenMP threads must not spin: the two services share the cores.
-            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+            # Waiting OpenMP threads must not spin for long: the two services share the cores.
+            env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", **os.environ},
         )
 
     async def wait(self, progress: Callable[[str], None]) -> None:

@@ -270,6 +270,7 @@ def _verdict(verdict: target_pb2.Verdict) -> Verdict:
         committed=_committed(verdict.committed),
         queue_us=verdict.queue_us,
         forward_us=verdict.forward_us,
+        judge_us=verdict.judge_us,
     )
 
 

@@ -32,13 +32,14 @@ class Judgement:
     """What the target says to one row: the first `accepted` proposals, and one token of its own behind them.
 
     `finite` is False when the logits held NaN or no finite value, in which case the tokens mean nothing. `logprobs` has
-    an entry for each token, or none.
+    an entry for each token, or none. `judge_us` is the part of `forward_us` behind the forward pass.
     """
 
     accepted: int
     token_ids: list[int]
     finite: bool
     forward_us: int
+    judge_us: int
     logprobs: list[PositionLogprobs]
     trace: Trace | None = None
 
@@ -56,6 +57,7 @@ class Verifier:
         token_ids = torch.tensor([self._pad(row.token_ids) for row in rows])  # [batch, width]
         starts = torch.tensor([row.start for row in rows])  # [batch]
         logits = self.runner.logits(first_slot, token_ids, starts, length)  # [batch, width, vocabulary]
+        passed = time.perf_counter_ns()
 
         device = logits.device
         block = Block(
@@ -65,8 +67,8 @@ class Verifier:
         )
         best = logits.max(dim=-1)  # [batch, width]
         accepted, choices, scores = judge(logits, best.indices, block, rows)
-        judged = torch.arange(self.width, device=device) <= block.counts[:, None]
-        finite = (best.values.isfinite() | ~judged).all(dim=-1)  # [batch]
+        within = torch.arange(self.width, device=device) <= block.counts[:, None]
+        finite = (best.values.isfinite() | ~within).all(dim=-1)  # [batch]
 
         # The one copy from device to host, [batch, 2 + width].
         verdicts = torch.cat([accepted[:, None], finite[:, None], choices], dim=1).tolist()
@@ -74,13 +76,14 @@ class Verifier:
             [*row.token_ids[1 : said[0] + 1], said[2 + said[0]]] for row, said in zip(rows, verdicts, strict=True)
         ]
         logprobs = read_logprobs(logits, spoken, [row.top_logprobs for row in rows])
-        forward_us = (time.perf_counter_ns() - began) // 1000
+        judged = time.perf_counter_ns()
+        forward_us, judge_us = (judged - began) // 1000, (judged - passed) // 1000
         traces = [
             Trace(logits[index, : len(row.token_ids)].float().cpu(), scores[index].cpu()) if row.traced else None
             for index, row in enumerate(rows)
         ]
         return [
-            Judgement(said[0], tokens, bool(said[1]), forward_us, known, trace)
+            Judgement(said[0], tokens, bool(said[1]), forward_us, judge_us, known, trace)
             for said, tokens, known, trace in zip(verdicts, spoken, logprobs, traces, strict=True)
         ]
 

@@ -238,6 +238,7 @@ def verdict(round_: int, answer: Answer, slots_in_use: int) -> target_pb2.Verdic
         committed=committed_message(commit),
         queue_us=answer.queue_us,
         forward_us=judgement.forward_us,
+        judge_us=judgement.judge_us,
         batch_sessions=answer.batch_sessions,
         slots_in_use=slots_in_use,
     )

@@ -222,8 +222,9 @@ def test_responses():
         committed=committed,
         queue_us=5,
         forward_us=6,
+        judge_us=2,
     )
-    assert wire.verify_response(target_pb2.VerifyResponse(verdict=verdict)) == Verdict(4, False, 2, 1, plain, 5, 6)
+    assert wire.verify_response(target_pb2.VerifyResponse(verdict=verdict)) == Verdict(4, False, 2, 1, plain, 5, 6, 2)
     proposal = draft_pb2.Proposal(
         round=4,
         base_length=2,

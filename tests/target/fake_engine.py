@@ -58,7 +58,7 @@ class FakeVerifier:
         proposals = row.token_ids[1:]
         own = range(row.start + 1, row.start + 2 + len(proposals))
         accepted = next((n for n, id_ in enumerate(proposals) if id_ != own[n]), len(proposals))
-        return Judgement(accepted, list(own[: accepted + 1]), finite=True, forward_us=1, logprobs=[])
+        return Judgement(accepted, list(own[: accepted + 1]), finite=True, forward_us=1, judge_us=0, logprobs=[])
 
 
 def fake_session(slot, length, *, prefilled=False, **options):

@@ -320,6 +320,7 @@ class Verdict(_message.Message):
     FORWARD_US_FIELD_NUMBER: _builtins.int
     BATCH_SESSIONS_FIELD_NUMBER: _builtins.int
     SLOTS_IN_USE_FIELD_NUMBER: _builtins.int
+    JUDGE_US_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     status: Global___Verdict.Status.ValueType
     base_length: _builtins.int
@@ -329,10 +330,14 @@ class Verdict(_message.Message):
     queue_us: _builtins.int
     """Time waiting for the engine, prefill of this session included."""
     forward_us: _builtins.int
-    """Time of the forward pass."""
+    """Time of the step: the forward pass, and judging what came of it."""
     batch_sessions: _builtins.int
     """Sessions that shared the forward pass."""
     slots_in_use: _builtins.int
+    judge_us: _builtins.int
+    """The part of `forward_us` behind the forward pass. On a GPU, which works behind the host's back, that is where the
+    host waits for it.
+    """
     @_builtins.property
     def committed(self) -> _common_pb2.CommittedTokens:
         """The accepted ids and one more of the target's own, unless the turn ended earlier."""
@@ -349,10 +354,11 @@ class Verdict(_message.Message):
         forward_us: _builtins.int = ...,
         batch_sessions: _builtins.int = ...,
         slots_in_use: _builtins.int = ...,
+        judge_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base_length", b"base_length", "batch_sessions", b"batch_sessions", "committed", b"committed", "forward_us", b"forward_us", "queue_us", b"queue_us", "round", b"round", "slots_in_use", b"slots_in_use", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base_length", b"base_length", "batch_sessions", b"batch_sessions", "committed", b"committed", "forward_us", b"forward_us", "judge_us", b"judge_us", "queue_us", b"queue_us", "round", b"round", "slots_in_use", b"slots_in_use", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,9 @@ class ModelConfig(ServiceConfig):
     compile_mode: CompileModeName | None = Field(
         None, description="Mode of torch.compile; default: reduce-overhead on CUDA, default on a CPU."
     )
+    compile_freezing: bool = Field(
+        False, description="On a CPU: pack weights into the graphs. Faster steps; every start compiles again."
+    )
     fullgraph: bool = Field(True, description="Refuse to compile a step in more than one graph.")
     compile_cache: str = Field(
         "auto", description="Directory for what was compiled; auto is one of the user's, off keeps and uses nothing."
@@ -59,7 +62,8 @@ class ModelConfig(ServiceConfig):
         cuda = device_type == "cuda"
         if self.compile == "off" or (self.compile == "auto" and not cuda):
             return None
-        return CompileOptions(self.compile_mode or ("reduce-overhead" if cuda else "default"), self.fullgraph)
+        mode = self.compile_mode or ("reduce-overhead" if cuda else "default")
+        return CompileOptions(mode, self.fullgraph, self.compile_freezing and device_type == "cpu")
 
     @property
     def load_options(self) -> LoadOptions:

@@ -44,6 +44,8 @@ class CompileOptions:
 
     mode: CompileModeName = "default"
     fullgraph: bool = True
+    freezing: bool = False
+    """Whether weights become constants of the graphs, which a CPU computes with faster and no cache on disk holds."""
 
 
 class ModelRunner:
@@ -88,6 +90,7 @@ class ModelRunner:
         if compile_ is not None:
             # One graph per batch and length bucket: more than dynamo allows by default.
             torch._dynamo.config.recompile_limit = 256
+            torch._inductor.config.freezing = compile_.freezing
             mode = None if compile_.mode == "default" else compile_.mode
             self._step = torch.compile(self._logits, fullgraph=compile_.fullgraph, dynamic=False, mode=mode)
 
