@@ -267,10 +267,11 @@ class _Position:
 class Mean:
     """A mean that forgets: an observation's weight falls by `keep` with every later one."""
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, keep: float, value: float = 0.0, weight: float = 0.0) -> None:
+        """It starts as if `weight` observations of `value` had been made."""
         self._keep = keep
-        self._weight = 0.0
-        self._sum = 0.0
+        self._weight = weight
+        self._sum = value * weight
 
     @property
     def known(self) -> bool:

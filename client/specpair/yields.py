@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specpair.pacing import Round
+from specpair.pacing import Mean, Round
 
 __all__ = ["Yields"]
 
@@ -29,27 +29,12 @@ _PATIENCE = 10
 _MODEL_TOKENS, _MODEL_SECONDS = 2.5, 1.5
 
 
-class _Mean:
-    """A mean that forgets."""
-
-    def __init__(self, value: float = 0.0, weight: float = 0.0) -> None:
-        self._sum = value * weight
-        self._weight = weight
-
-    def add(self, value: float) -> None:
-        self._sum = self._sum * _KEEP + value
-        self._weight = self._weight * _KEEP + 1.0
-
-    def value(self, otherwise: float = 0.0) -> float:
-        return self._sum / self._weight if self._weight else otherwise
-
-
 @dataclass(slots=True)
 class _Kind:
     """How lookups of one kind have come out."""
 
-    first: _Mean
-    further: _Mean
+    first: Mean
+    further: Mean
     passed: int = 0
     """Times in a row that it was passed over."""
 
@@ -60,8 +45,8 @@ class Yields:
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, int], _Kind] = {}
         # Of rounds with the model: tokens and seconds. Of all rounds: seconds, but for the model's.
-        self._tokens, self._seconds = _Mean(_MODEL_TOKENS, _WEIGHT), _Mean()
-        self._steps = _Mean()
+        self._tokens, self._seconds = Mean(_KEEP, _MODEL_TOKENS, _WEIGHT), Mean(_KEEP)
+        self._steps = Mean(_KEEP)
 
     def best_length(self, kind: tuple[str, int], most: int) -> tuple[int, float]:
         """How many of `most` >= 1 ids to propose, at least one, and the tokens that a step's time then brings.
@@ -70,7 +55,7 @@ class Yields:
         of each further id (Leviathan et al. 2023, equation 1, but for the first).
         """
         seen = self._kind(kind)
-        survival, further = seen.first.value(), seen.further.value()
+        survival, further = seen.first.value, seen.further.value
         expected, best, goodput = 1.0, 0, 0.0
         for k in range(1, most + 1):
             expected += survival
@@ -82,9 +67,9 @@ class Yields:
     @property
     def model(self) -> float:
         """Tokens that the model brings in the time of a round with a lookup."""
-        step = self._steps.value()
-        seconds = self._seconds.value(step * _MODEL_SECONDS)
-        return self._tokens.value() * step / seconds if seconds else _MODEL_TOKENS / _MODEL_SECONDS
+        step = self._steps.value
+        seconds = self._seconds.value if self._seconds.known else step * _MODEL_SECONDS
+        return self._tokens.value * step / seconds if seconds else _MODEL_TOKENS / _MODEL_SECONDS
 
     def pays(self, kind: tuple[str, int], goodput: float, otherwise: float) -> bool:
         """Whether to propose what brings `goodput` where something else brings `otherwise`, to try it included."""
@@ -113,5 +98,5 @@ class Yields:
     def _kind(self, kind: tuple[str, int]) -> _Kind:
         if (known := self._kinds.get(kind)) is None:
             length = kind[1]
-            known = self._kinds[kind] = _Kind(_Mean(_FIRST[length], _WEIGHT), _Mean(_NEXT[length], _WEIGHT))
+            known = self._kinds[kind] = _Kind(Mean(_KEEP, _FIRST[length], _WEIGHT), Mean(_KEEP, _NEXT[length], _WEIGHT))
         return known

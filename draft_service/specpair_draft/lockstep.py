@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 import structlog
 import torch
 
-from specpair.errors import InternalError, OverloadedError, SpecpairError
+from specpair.errors import SpecpairError
 from specpair_draft.asks import Ask, Deliver, Turn
 from specpair_draft.sessions import Level, Session
 from specpair_draft.steps import CATCH_UP, Decoder
+from specpair_runtime.models.failures import non_finite, public
 
 __all__ = ["Lockstep"]
 
@@ -131,7 +132,7 @@ class Lockstep:
             if not session.closed:
                 session.settle()
         for session in broken:
-            session.fail(InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS"))
+            session.fail(non_finite())
 
     def _run(self, sessions: Sequence[Session], most: int) -> list[Session]:
         """Steps until a session is ready or there is news; returns the sessions whose logits were not finite."""
@@ -149,11 +150,4 @@ class Lockstep:
 
     def _fail(self, session: Session, error: Exception) -> None:
         self._log.error("the engine failed for a session", slot=session.slot, exc_info=error)
-        session.fail(_public(error))
-
-
-def _public(error: Exception) -> SpecpairError:
-    """What a client may know of an engine's failure; the log has the rest."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return OverloadedError("the device is out of memory", reason="OUT_OF_MEMORY")
-    return InternalError("the engine failed", reason="ENGINE_FAILED")
+        session.fail(public(error))

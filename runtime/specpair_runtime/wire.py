@@ -132,7 +132,7 @@ def describe_model(info: common_pb2.ModelInfo, model: ServingModel) -> None:
         )
     )
     info.architecture = type(loaded.model).__name__
-    info.parameters = model.parameters
+    info.parameters = loaded.parameters
     info.device = str(runner.device)
     info.quantization = loaded.quantization
     info.attn_implementation = loaded.options.attn_implementation

@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import structlog
-import torch
 
-from specpair.errors import InternalError, OverloadedError, SpecpairError, UnavailableError
+from specpair.errors import UnavailableError
+from specpair_runtime.models.failures import non_finite, public
 from specpair_runtime.models.profiling import Profiler, Unprofiled
 from specpair_target.blocks import Answer, Block, Verification
 from specpair_target.gathering import Gathering
@@ -181,7 +181,7 @@ class Scheduler:
             self._runner.prefill(session.slot, session.tokens[session.kv_length : end], session.kv_length)
         except Exception as error:
             self._log.exception("prefill failed", session_id=session.id)
-            session.failure = _public(error)
+            session.failure = public(error)
             return
         session.kv_length = end
         self._prefills.computed()
@@ -202,7 +202,7 @@ class Scheduler:
         except Exception as error:
             self._log.exception("step failed", sessions=len(group))
             if len(group) == 1:
-                group[0].session.failure = _public(error)
+                group[0].session.failure = public(error)
             else:
                 for lane in group:
                     self._step([lane], length)
@@ -231,7 +231,7 @@ class Scheduler:
             # Whether the target alone would have failed must not depend on what was proposed.
             lane.blocks[0] = replace(lane.blocks[0], block=Block())
         elif not judgement.finite:
-            session.failure = InternalError("the model's logits are not finite", reason="NON_FINITE_LOGITS")
+            session.failure = non_finite()
         else:
             return self._commit(lane, judgement)
         return None
@@ -245,14 +245,7 @@ class Scheduler:
             commit = session.commit(judgement.token_ids, judgement.logprobs)
         except Exception as error:  # tokenizers are not ours
             self._log.exception("commit failed", session_id=session.id)
-            session.failure = _public(error)
+            session.failure = public(error)
             return None
         with self._wake:
             return lane.answered(), (judgement, commit, base_length)
-
-
-def _public(error: Exception) -> SpecpairError:
-    """What a client may know of an engine's failure; the log has the rest."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return OverloadedError("the device is out of memory", reason="OUT_OF_MEMORY")
-    return InternalError("the engine failed", reason="ENGINE_FAILED")

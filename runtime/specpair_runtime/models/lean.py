@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from specpair_runtime.models.attention import registered_name
-from specpair_runtime.models.packing import JoinedLinear, is_plain, pack_linears, prepared
+from specpair_runtime.models.packing import JoinedLinear, pack_linears
 from specpair_runtime.models.slot_cache import SlotCache
 
 __all__ = ["LeanDecoder", "prepare"]
@@ -48,13 +48,13 @@ class _Layer:
 class LeanDecoder:
     """The forward pass of a prepared model over a slot cache; a step's `view` must be set."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[_Layer], head: nn.Module, positions: int) -> None:
+    def __init__(self, model: PreTrainedModel, layers: list[_Layer], positions: int) -> None:
         """Positions from `positions` on, where rows only pad a step, take the angles of the last one."""
         config, base = model.config, model.base_model
         self.columns = _keeps_columns(model)
         """Whether keys are to be cached as columns."""
         self._layers = layers
-        self._head = head
+        self._head = model.get_output_embeddings()
         self._embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self._norm: torch.Tensor = base.norm.weight.detach()
         self._epsilon: float = config.rms_norm_eps
@@ -122,10 +122,10 @@ def prepare(model: PreTrainedModel, *, positions: int, rows: int, pack: bool) ->
     The model's own code goes on to work, over the same weights. With `pack`, linear layers on a CPU are packed, which
     what compiles for itself cannot use.
     """
-    lean = _decoder(model, positions, rows, pack) if _is_supported(model) else None
+    joined = _join(model, rows, pack) if _is_supported(model) else None
     if pack:
         pack_linears(model, rows)
-    return lean
+    return LeanDecoder(model, _layers(model, joined), positions) if joined is not None else None
 
 
 def _is_supported(model: PreTrainedModel) -> bool:
@@ -137,21 +137,28 @@ def _is_supported(model: PreTrainedModel) -> bool:
     return whole and str(rope["rope_type"]) in _ROPE_TYPES
 
 
-def _decoder(model: PreTrainedModel, positions: int, rows: int, pack: bool) -> LeanDecoder:
-    layers = []
-    kinds = getattr(model.config, "layer_types", None) or [""] * len(model.base_model.layers)
-    for index, module in enumerate(model.base_model.layers):
+def _join(model: PreTrainedModel, rows: int, pack: bool) -> list[tuple[JoinedLinear, JoinedLinear]]:
+    """Joins the projections of each layer that read the same input: of attention, and of the MLP."""
+    joined = []
+    for module in model.base_model.layers:
         attention, mlp = module.self_attn, module.mlp
         qkv = JoinedLinear([attention.q_proj, attention.k_proj, attention.v_proj], rows=rows, pack=pack)
         attention.q_proj, attention.k_proj, attention.v_proj = qkv.parts
         gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], rows=rows, pack=pack)
         mlp.gate_proj, mlp.up_proj = gate_up.parts
-        if pack:
-            pack_linears(module, rows)
+        joined.append((qkv, gate_up))
+    return joined
+
+
+def _layers(model: PreTrainedModel, joined: list[tuple[JoinedLinear, JoinedLinear]]) -> list[_Layer]:
+    layers = []
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(joined)
+    for kind, module, (qkv, gate_up) in zip(kinds, model.base_model.layers, joined, strict=True):
+        attention, mlp = module.self_attn, module.mlp
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         layers.append(
             _Layer(
-                kind=kinds[index],
+                kind=kind,
                 input_norm=module.input_layernorm.weight.detach(),
                 qkv=qkv,
                 query_norm=None if query_norm is None else query_norm.weight.detach(),
@@ -163,11 +170,7 @@ def _decoder(model: PreTrainedModel, positions: int, rows: int, pack: bool) -> L
                 down=mlp.down_proj,
             )
         )
-    head = model.get_output_embeddings()
-    if is_plain(head):
-        # A head that shares the embedding's weight keeps that as it is and gets a packed copy.
-        head = prepared(head.weight, head.bias, rows=rows, pack=pack)
-    return LeanDecoder(model, layers, head, positions)
+    return layers
 
 
 def _angles(model: PreTrainedModel, positions: int) -> tuple[torch.Tensor, torch.Tensor]:

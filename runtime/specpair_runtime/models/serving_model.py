@@ -24,14 +24,13 @@ __all__ = ["ServingModel", "load_serving_model"]
 class ServingModel:
     """A loaded model and its runner; how many graphs were compiled since it was ready, and the rows per step it is for.
 
-    `parameters` are those of the checkpoint; `lean` is whether steps run in the lean decoder.
+    `lean` is whether steps run in the lean decoder.
     """
 
     loaded: LoadedModel
     runner: ModelRunner
     recompilations: CompileCounter
     widths: tuple[int, ...]
-    parameters: int
     lean: bool
 
 
@@ -78,4 +77,4 @@ def load_serving_model(
     used = tuple(choose(runner) if choose is not None else widths)
     warm_up(runner, used, status.advance)
     recompilations.reset()
-    return ServingModel(loaded, runner, recompilations, used, loaded.parameters, lean is not None)
+    return ServingModel(loaded, runner, recompilations, used, lean is not None)
