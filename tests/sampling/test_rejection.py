@@ -16,8 +16,9 @@ from specpair_runtime.sampling.law import acceptance_probability, residual_weigh
 from specpair_runtime.sampling.noise import Stream, gumbel_noise, uniform_noise
 from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
 from specpair_runtime.sampling.processors import process
-from specpair_runtime.sampling.rejection import MAX_SUPPORT, SparseProbs, judge_by_rejection, propose_by_rejection
+from specpair_runtime.sampling.rejection import MAX_SUPPORT, SparseProbs, judge_by_rejection
 
+from ..rejecting import propose_by_rejection
 from .chi_square import chi_square
 
 CPU = torch.device("cpu")

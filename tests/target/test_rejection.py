@@ -17,13 +17,13 @@ from specpair_runtime.sampling.law import acceptance_probability, residual_weigh
 from specpair_runtime.sampling.noise import Stream
 from specpair_runtime.sampling.params import SamplingBatch, SamplingParams
 from specpair_runtime.sampling.processors import process
-from specpair_runtime.sampling.rejection import propose_by_rejection
 from specpair_runtime.serving import ServiceStatus
 from specpair_target.sessions import TurnOptions
 from specpair_target.verifier import Row, Verifier
 
 from ..draft.driving import Alone
 from ..plain import gumbel, uniform, warped
+from ..rejecting import propose_by_rejection
 from ..sampling.chi_square import chi_square
 from ..sampling.penalties import reference_penalties
 from ..tiny import random_ids

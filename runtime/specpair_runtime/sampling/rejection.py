@@ -19,7 +19,6 @@ __all__ = [
     "Drafted",
     "SparseProbs",
     "judge_by_rejection",
-    "propose_by_rejection",
     "sample_drafts",
     "sparse",
 ]
@@ -64,14 +63,6 @@ def sparse(support: Sequence[int], probs: Sequence[float]) -> SparseProbs:
     """A distribution of `Drafted`, on the host."""
     kept = [(token_id, prob) for token_id, prob in zip(support, probs, strict=True) if prob > 0]
     return SparseProbs([token_id for token_id, _ in kept], [prob for _, prob in kept])
-
-
-def propose_by_rejection(
-    scores: torch.Tensor, position: torch.Tensor, params: SamplingBatch
-) -> tuple[int, SparseProbs]:
-    """One session's sample and its distribution; arguments as for `sample_drafts`, with a batch of one."""
-    drafted = sample_drafts(scores, position, params)
-    return int(drafted.ids), sparse(drafted.support[0].tolist(), drafted.probs[0].tolist())
 
 
 def judge_by_rejection(
