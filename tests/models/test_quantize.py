@@ -120,7 +120,7 @@ def test_a_model_is_served_in_every_format(tiny, name, lean):
     plain, expected = served(tiny, "llama-blocks")
     quantized, logits = served(tiny, "llama-blocks", quantization=name, lean=lean)
     assert relative(logits, expected) < 5 * LAYERS[name][1]
-    assert quantized.parameters == plain.parameters
+    assert quantized.loaded.parameters == plain.loaded.parameters
     assert quantized.loaded.quantization == name
     model = quantized.loaded.model
     assert isinstance(model.model.layers[0].mlp.down_proj, LAYERS[name][0])
