@@ -15,7 +15,7 @@ from specpair_draft.sessions import Session
 from specpair_draft.steps import STEP_WIDTHS, Decoder
 from specpair_runtime.models.profiling import profiler_of
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
-from specpair_runtime.serving import ServiceStatus
+from specpair_runtime.serving import Caller, ServiceStatus
 from specpair_runtime.slots import SlotPool
 
 __all__ = ["Engine"]
@@ -30,9 +30,9 @@ class Engine:
         self, config: DraftConfig, model: ServingModel | None, on_failure: Callable[[str], None] = lambda reason: None
     ) -> None:
         self.model = model
-        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout)
+        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout, config.sessions_per_client)
         # Prompt lookup needs no KV slot, but memory for its index and time of its thread.
-        self._lookups = SlotPool(_MAX_LOOKUPS, config.queue, config.queue_timeout)
+        self._lookups = SlotPool(_MAX_LOOKUPS, config.queue, config.queue_timeout, config.sessions_per_client)
         self._config = config
         self._lookup_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lookup")
         self._scheduler: Scheduler | None = None
@@ -57,22 +57,22 @@ class Engine:
         return ([Source.SOURCE_MODEL] if self.model is not None else []) + [Source.SOURCE_NGRAM]
 
     @asynccontextmanager
-    async def proposer(self, source: Source.ValueType, patience: float | None) -> AsyncIterator[Proposer]:
+    async def proposer(self, source: Source.ValueType, caller: Caller | None = None) -> AsyncIterator[Proposer]:
         """A proposer for one session; a model's holds a slot until the context ends.
 
-        `patience` is the caller's time in seconds. Raises OverloadedError when no slot becomes free in it, and
-        InvalidRequestError for a source that is not here.
+        Raises OverloadedError when there is no slot for the caller, and InvalidRequestError for a source that is not
+        here.
         """
         source = source or self.sources[0]
         if source == Source.SOURCE_NGRAM:
-            async with _lent(self._lookups, patience):
+            async with _lent(self._lookups, caller):
                 yield NgramProposer(self._lookup_thread)
             return
         if source != Source.SOURCE_MODEL:
             raise UnsupportedError("not available", field="start.proposer")
         if self.model is None or self._scheduler is None:
             raise InvalidRequestError("this service has no model", field="start.proposer")
-        async with _lent(self.pool, patience) as slot:
+        async with _lent(self.pool, caller) as slot:
             runner = self.model.runner
             session = Session(
                 slot,
@@ -94,8 +94,8 @@ class Engine:
 
 
 @asynccontextmanager
-async def _lent(pool: SlotPool, patience: float | None) -> AsyncIterator[int]:
-    slot = await pool.acquire(patience)
+async def _lent(pool: SlotPool, caller: Caller | None) -> AsyncIterator[int]:
+    slot = await pool.acquire(caller)
     try:
         yield slot
     finally:

@@ -13,7 +13,7 @@ from specpair.errors import SpecpairError
 from specpair_draft.asks import Ask, Deliver, Turn
 from specpair_draft.sessions import Level, Session
 from specpair_draft.steps import CATCH_UP, Decoder
-from specpair_runtime.models.failures import non_finite, public
+from specpair_runtime.models.failures import fatal, non_finite, public
 
 __all__ = ["Lockstep"]
 
@@ -98,6 +98,8 @@ class Lockstep:
             try:
                 self._decoder.runner.prefill(session.slot, chunk, path.fed)
             except Exception as error:
+                if fatal(error):
+                    raise
                 self._fail(session, error)
                 return True
             path.feed(len(chunk))
@@ -119,6 +121,8 @@ class Lockstep:
         try:
             broken = self._run(sessions, most)
         except Exception as error:
+            if fatal(error):
+                raise
             if len(sessions) == 1:
                 self._fail(sessions[0], error)
                 return

@@ -96,8 +96,9 @@ class Scheduler:
             self._log.exception("the engine thread failed")
             with self._wake:
                 self._stopping = True
-            self._refuse_all()
+            # First this, so that nobody who is refused comes back to a service that calls itself healthy.
             self._on_failure(f"the engine failed: {type(error).__name__}")
+            self._refuse_all()
         finally:
             self._profiler.close()
 

@@ -16,7 +16,7 @@ from specpair_draft.asks import Ask, Timed, Turn
 from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
 from specpair_draft.proposers import Proposer
-from specpair_runtime.serving import ServiceStatus, annotate
+from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate
 from specpair_runtime.wire import describe_model
 
 __all__ = ["DraftServicer"]
@@ -66,21 +66,23 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         engine = self._engine
         if engine is None:
             raise UnavailableError("the model is not loaded yet", reason="NOT_READY")
-        first = await anext(aiter(requests), None)
+        attended = Attended(aiter(requests), self._config.idle_timeout)
+        first = await anext(attended, None)
         if first is None:
             return
         if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message must be start", field="message")
         vocabulary = engine.model.runner.vocabulary if engine.model is not None else None
         turn = wire.read_turn(first.start, vocabulary)
-        async with engine.proposer(first.start.proposer, context.time_remaining()) as proposer:
+        async with engine.proposer(first.start.proposer, Caller.of(context)) as proposer:
             annotate(session_id=first.start.session_id, source=common_pb2.Source.Name(proposer.source))
             stream = _Stream(proposer, vocabulary)
-            reading = asyncio.create_task(stream.read(turn, requests))
+            reading = asyncio.create_task(stream.read(turn, attended))
             try:
                 while (response := await stream.next()) is not None:
                     yield response
                     stream.sent(response)
+                    attended.answered(stream.answered)
             finally:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
@@ -102,7 +104,12 @@ class _Stream:
         self._ask: Ask | None = None
         self._owed = 0
         self._ended = False
-        self._rounds = self._proposed = 0
+        self._messages = self._rounds = self._proposed = 0
+
+    @property
+    def answered(self) -> int:
+        """How many of the stream's messages have all their answers; a further one ends those of the one before it."""
+        return self._messages if not self._owed else self._messages - 1
 
     async def read(self, turn: Turn, requests: AsyncIterator[draft_pb2.ProposeRequest]) -> None:
         """Begins a turn and takes the requests behind its start, to their end or to one that is bad."""
@@ -141,6 +148,7 @@ class _Stream:
     def _begin(self, turn: Turn) -> None:
         """Starts a turn; its prefill goes on behind the answer."""
         self._ask, self._owed = None, 0
+        self._messages += 1
         self._proposer.begin(turn)
         started = draft_pb2.ProposeStarted(proposer=self._proposer.source, max_length=self._proposer.max_length)
         self._answers.put_nowait(draft_pb2.ProposeResponse(started=started))
@@ -159,4 +167,5 @@ class _Stream:
                 self._answers.put_nowait(None)
 
         self._ask, self._owed = ask, ask.proposals
+        self._messages += 1
         self._proposer.ask(ask, deliver)

@@ -13,6 +13,13 @@ from specpair_target.sessions import ChatMessage, Session
 
 __all__ = ["Prompt", "Prompts"]
 
+# What is too long to be tokenized at all: no text has so many characters a token on average, and tokenizing megabytes
+# takes seconds.
+_CHARACTERS_PER_POSITION = 32
+_LEAST_CHARACTERS = 65_536
+_MAX_MESSAGES = 4096
+_MAX_ROLE = 64
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,11 +37,14 @@ class Prompts:
     max_length: int
     vocabulary: int
 
-    def of_text(self, text: str, field: str, after: Session | None = None) -> Prompt:
-        """Text as the tokenizer takes it by default; behind an earlier turn without special tokens of its own."""
+    def of_text(self, text: str, field: str, after: Session | None = None, *, continuation: bool = False) -> Prompt:
+        """Text as the tokenizer takes it by default; behind an earlier turn, and as one that would be (`continuation`),
+        without special tokens of its own."""
         tokenizer = self._tokenizer(field)
+        self._check_size(len(text), field)
         if after is None:
-            return self._checked(Prompt(list(tokenizer(text)["input_ids"])), field)
+            ids = tokenizer(text, add_special_tokens=not continuation)["input_ids"]
+            return self._checked(Prompt(list(ids)), field)
         added = tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.of_ids(added, field, after)
 
@@ -56,6 +66,7 @@ class Prompts:
             raise InvalidRequestError("this model has no chat template", field=field)
         if not messages:
             raise InvalidRequestError("must not be empty", field=f"{field}.messages")
+        self._check_messages(messages, f"{field}.messages")
         if after is not None:
             if not after.messages:
                 raise InvalidRequestError("the session does not hold a conversation", field=field)
@@ -67,6 +78,19 @@ class Prompts:
         # The template writes the special tokens itself.
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._checked(Prompt(ids, list(messages)), field)
+
+    def _check_messages(self, messages: Sequence[ChatMessage], field: str) -> None:
+        if len(messages) > _MAX_MESSAGES:
+            raise InvalidRequestError(f"at most {_MAX_MESSAGES} messages", field=field)
+        for index, message in enumerate(messages):
+            if len(message["role"]) > _MAX_ROLE:
+                raise InvalidRequestError(f"at most {_MAX_ROLE} characters", field=f"{field}[{index}].role")
+        self._check_size(sum(len(message["content"]) for message in messages), field)
+
+    def _check_size(self, characters: int, field: str) -> None:
+        most = max(_CHARACTERS_PER_POSITION * self.max_length, _LEAST_CHARACTERS)
+        if characters > most:
+            raise InvalidRequestError(f"more than {most} characters", field=field)
 
     def _tokenizer(self, field: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

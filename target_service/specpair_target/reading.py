@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 __all__ = ["read_ahead"]
@@ -14,10 +14,10 @@ _Answer = TypeVar("_Answer")
 
 async def read_ahead(
     messages: AsyncIterator[_Message],
-    submit: Callable[[_Message], asyncio.Future[_Answer] | None],
+    submit: Callable[[_Message], Sequence[asyncio.Future[_Answer]] | None],
     limit: int,
-) -> AsyncGenerator[tuple[_Message, asyncio.Future[_Answer] | None], None]:
-    """Each message in order, with its answer to come; reads further while the answers before it are awaited.
+) -> AsyncGenerator[tuple[_Message, Sequence[asyncio.Future[_Answer]] | None], None]:
+    """Each message in order, with its answers to come; reads further while the answers before them are awaited.
 
     A message is handed to `submit` the moment it is read. At most `limit` messages are held that the consumer has not
     come back from; beyond that nothing is read, and the sender's flow control takes over. `submit` returns None for a
@@ -25,7 +25,7 @@ async def read_ahead(
     it. What `submit` or the stream raises, is raised in its place, behind the messages before it. Close the generator:
     then the reading ends, and answers that nobody awaited are cancelled.
     """
-    read: asyncio.Queue[tuple[_Message, asyncio.Future[_Answer] | None] | Exception | None] = asyncio.Queue()
+    read: asyncio.Queue[tuple[_Message, Sequence[asyncio.Future[_Answer]] | None] | Exception | None] = asyncio.Queue()
     room = asyncio.Semaphore(limit)
     passed = asyncio.Event()
 
@@ -45,6 +45,7 @@ async def read_ahead(
             read.put_nowait(error)
 
     reader = asyncio.create_task(reading())
+    item = None
     try:
         while (item := await read.get()) is not None:
             if isinstance(item, Exception):
@@ -56,7 +57,7 @@ async def read_ahead(
     finally:
         reader.cancel()
         await asyncio.wait([reader])
-        while not read.empty():
-            left = read.get_nowait()
-            if isinstance(left, tuple) and left[1] is not None and not left[1].cancel() and not left[1].cancelled():
-                left[1].exception()  # seen, so that asyncio does not report it as lost
+        left = [item, *(read.get_nowait() for _ in range(read.qsize()))]
+        for answer in (answer for one in left if isinstance(one, tuple) for answer in one[1] or ()):
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # seen, so that asyncio does not report it as lost

@@ -11,7 +11,7 @@ from dataclasses import replace
 import structlog
 
 from specpair.errors import UnavailableError
-from specpair_runtime.models.failures import non_finite, public
+from specpair_runtime.models.failures import fatal, non_finite, public
 from specpair_runtime.models.profiling import Profiler, Unprofiled
 from specpair_target.blocks import Answer, Block, Verification
 from specpair_target.gathering import Gathering
@@ -123,8 +123,9 @@ class Scheduler:
             self._log.exception("the engine thread failed")
             with self._wake:
                 self._stopping = True
-            self._refuse_all()
+            # First this, so that nobody who is refused comes back to a service that calls itself healthy.
             self._on_failure(f"the engine failed: {type(error).__name__}")
+            self._refuse_all()
         finally:
             self._profiler.close()
 
@@ -180,6 +181,8 @@ class Scheduler:
         try:
             self._runner.prefill(session.slot, session.tokens[session.kv_length : end], session.kv_length)
         except Exception as error:
+            if fatal(error):
+                raise
             self._log.exception("prefill failed", session_id=session.id)
             session.failure = public(error)
             return
@@ -200,6 +203,8 @@ class Scheduler:
                 rows[lane.session.slot - slots.start] = self._rows.of(lane, length)
             judgements = self._verifier.verify(slots.start, rows, length)
         except Exception as error:
+            if fatal(error):
+                raise
             self._log.exception("step failed", sessions=len(group))
             if len(group) == 1:
                 group[0].session.failure = public(error)

@@ -14,7 +14,8 @@ import grpc
 
 from specpair.errors import ProtocolError, UnavailableError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
-from specpair_runtime.serving import ServiceStatus, annotate
+from specpair_runtime.models.ranks import Ranks
+from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate
 from specpair_runtime.wire import describe_model, read_sampling
 from specpair_target import wire
 from specpair_target.blocks import Answer, Block, Verification
@@ -36,14 +37,16 @@ _MOST_UNANSWERED = 32
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Answers the calls of `TargetService`; the engine comes later than the servicer, which is there from the start."""
 
-    def __init__(self, config: TargetConfig, status: ServiceStatus) -> None:
+    def __init__(self, config: TargetConfig, status: ServiceStatus, ranks: Ranks | None = None) -> None:
+        """`ranks` are the processes that share the model, of which this one leads; None: it is alone."""
         self._config = config
+        self._ranks = ranks
         self._status = status
         self._engine: Engine | None = None
 
     def load(self, status: ServiceStatus) -> None:
         """Loads the model; blocks. Raises ModelLoadError."""
-        self._engine = Engine.load(self._config, status)
+        self._engine = Engine.load(self._config, status, self._ranks)
 
     def stop(self) -> None:
         """Stops the engine, if there is one; blocks."""
@@ -75,26 +78,31 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> AsyncIterator[target_pb2.VerifyResponse]:
         """A session: verdicts for blocks, on one slot, until the stream ends."""
         engine = self._ready()
-        first = await anext(aiter(requests), None)
+        attended = Attended(aiter(requests), self._config.idle_timeout)
+        first = await anext(attended, None)
         if first is None:
             return
         if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message must be start", field="message")
         async with self._session(engine, first.start, "start.", context) as (session, started):
             yield target_pb2.VerifyResponse(started=started)
-            rounds = accepted = 0
+            answered, rounds, accepted = 1, 0, 0
+            attended.answered(answered)
             submit = partial(self._submit, engine, session)
-            async with aclosing(read_ahead(aiter(requests), submit, _MOST_UNANSWERED)) as messages:
+            async with aclosing(read_ahead(attended, submit, _MOST_UNANSWERED)) as messages:
                 async for request, pending in messages:
                     if pending is None:
                         yield target_pb2.VerifyResponse(started=await self._extend(engine, session, request.extend))
-                        continue
-                    answer = wire.verdict(request.block.round, await pending, engine.pool.in_use)
-                    rounds += 1
-                    accepted += answer.accepted
-                    length = answer.base_length + len(answer.committed.token_ids)
-                    annotate(rounds=rounds, accepted=accepted, output_tokens=length - session.prompt_length)
-                    yield target_pb2.VerifyResponse(verdict=answer)
+                    else:
+                        for behind, verification in enumerate(pending):
+                            answer = wire.verdict(request.block.round + behind, await verification, engine.pool.in_use)
+                            rounds += 1
+                            accepted += answer.accepted
+                            length = answer.base_length + len(answer.committed.token_ids)
+                            annotate(rounds=rounds, accepted=accepted, output_tokens=length - session.prompt_length)
+                            yield target_pb2.VerifyResponse(verdict=answer)
+                    answered += 1
+                    attended.answered(answered)
 
     async def Generate(  # noqa: N802
         self, request: target_pb2.GenerateRequest, context: _Context
@@ -110,7 +118,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                     pending.append(engine.submit(session, Block()))
                     if answer.commit.finish_reason:
                         annotate(output_tokens=session.length - session.prompt_length)
-                    yield target_pb2.GenerateResponse(committed=wire.committed_message(answer.commit))
+                    committed = wire.committed_message(answer.commit)
+                    yield target_pb2.GenerateResponse(committed=committed, base_length=answer.base_length)
             finally:
                 for left in pending:
                     left.cancel()
@@ -121,7 +130,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         """The ids of a prompt as Verify and Generate would take it."""
         engine = self._ready()
         prompt = await asyncio.to_thread(
-            wire.read_prompt, request.prompt, self._prompts(engine), self._limits(engine), "prompt"
+            wire.read_prompt,
+            request.prompt,
+            self._prompts(engine),
+            self._limits(engine),
+            "prompt",
+            continuation=request.continuation,
         )
         return target_pb2.TokenizeResponse(token_ids=prompt.token_ids)
 
@@ -148,12 +162,14 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         """Judges one proposal on a slot of its own and says why."""
         engine = self._ready()
         limits = self._limits(engine)
+        caller = Caller.of(context)
+        engine.pool.check(caller)
         wire.check_proposal(request.token_ids, limits, "token_ids")
         sampling = read_sampling(request.sampling, limits.vocabulary, "sampling")
         draft_probs = wire.read_draft_probs(request, sampling, limits, "")
         prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, self._prompts(engine), limits, "prompt")
         options = TurnOptions(sampling=sampling, stop_token_ids=limits.eos_token_ids, traced=True)
-        session = await engine.open(prompt, (), options, committed_field="", patience=context.time_remaining())
+        session = await engine.open(prompt, (), options, committed_field="", caller=caller)
         try:
             verification = await engine.verify(session, request.token_ids, draft_probs)
         finally:
@@ -176,14 +192,15 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     def _submit(
         self, engine: Engine, session: Session, request: target_pb2.VerifyRequest
-    ) -> asyncio.Future[Answer] | None:
-        """Hands a block to the engine, where it waits for the verdicts before it; None for the next turn's prompt."""
+    ) -> list[asyncio.Future[Answer]] | None:
+        """Hands blocks to the engine, where they wait for the verdicts before; None for the next turn's prompt."""
         kind = request.WhichOneof("message")
         if kind == "extend":
             return None
         if kind != "block":
             raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
-        return engine.submit(session, wire.read_block(request.block, session.options.sampling, self._limits(engine)))
+        blocks = wire.read_blocks(request.block, session.options.sampling, self._limits(engine))
+        return [engine.submit(session, block) for block in blocks]
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -211,14 +228,15 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         context: _Context,
     ) -> AsyncIterator[tuple[Session, target_pb2.SessionStarted]]:
         """Opens the session that a request describes; frees its slot whatever ends the call."""
+        caller = Caller.of(context)
+        # Nothing is tokenized for a session that will be refused.
+        engine.pool.check(caller)
         limits, prompts = self._limits(engine), self._prompts(engine)
         options = wire.read_turn(request, limits, text=prompts.tokenizer is not None, prefix=prefix)
         prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, f"{prefix}prompt")
         committed_field = f"{prefix}committed_token_ids"
         committed = wire.read_committed(request.committed_token_ids, len(prompt.token_ids), limits, committed_field)
-        session = await engine.open(
-            prompt, committed, options, committed_field=committed_field, patience=context.time_remaining()
-        )
+        session = await engine.open(prompt, committed, options, committed_field=committed_field, caller=caller)
         annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
         try:
             yield session, wire.started(session, limits, 0)

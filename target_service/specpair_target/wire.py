@@ -22,7 +22,7 @@ __all__ = [
     "check_proposal",
     "committed_message",
     "explanation",
-    "read_block",
+    "read_blocks",
     "read_committed",
     "read_draft_probs",
     "read_prompt",
@@ -35,7 +35,7 @@ _MAX_STOP_STRINGS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_STOP_IDS = 64
 _MAX_TOP_LOGPROBS = 20
-_MAX_DETOKENIZED = 131_072
+_MAX_MORE_STEPS = 7
 # Rounding of float32 probabilities that were normalised elsewhere.
 _PROBS_TOLERANCE = 1e-3
 
@@ -51,13 +51,24 @@ class Limits:
 
 
 def read_prompt(
-    prompt: common_pb2.Prompt, prompts: Prompts, limits: Limits, field: str, after: Session | None = None
+    prompt: common_pb2.Prompt,
+    prompts: Prompts,
+    limits: Limits,
+    field: str,
+    after: Session | None = None,
+    *,
+    continuation: bool = False,
 ) -> Prompt:
-    """The tokens that a turn begins with, at least one and at most `max_length`, those `after` a session's included."""
+    """The tokens that a turn begins with, at least one and at most `max_length`, those `after` a session's included; of
+    a text as a `continuation` those that it would add to one."""
     kind = prompt.WhichOneof("content")
     if kind == "text":
-        return prompts.of_text(prompt.text, f"{field}.text", after)
+        return prompts.of_text(prompt.text, f"{field}.text", after, continuation=continuation)
     if kind == "token_ids":
+        if len(prompt.token_ids.ids) > limits.max_length:
+            raise InvalidRequestError(
+                f"more than the {limits.max_length} positions of a slot", field=f"{field}.token_ids"
+            )
         check_token_ids(prompt.token_ids.ids, limits.vocabulary, f"{field}.token_ids.ids")
         return prompts.of_ids(prompt.token_ids.ids, f"{field}.token_ids", after)
     if kind == "chat":
@@ -120,9 +131,12 @@ def _check_stop(stop: common_pb2.StopCriteria, limits: Limits, text: bool, field
 
 
 def check_detokenizable(token_ids: Sequence[int], limits: Limits) -> None:
-    """Raises InvalidRequestError for ids that are no text, or more than an answer could carry."""
-    if len(token_ids) > _MAX_DETOKENIZED:
-        raise InvalidRequestError(f"at most {_MAX_DETOKENIZED} ids", field="token_ids")
+    """Raises InvalidRequestError for ids that are no text, or more than a session's.
+
+    Tokenizers hold the interpreter while they decode: what is longer has to come in parts.
+    """
+    if len(token_ids) > limits.max_length + 1:
+        raise InvalidRequestError(f"at most {limits.max_length + 1} ids", field="token_ids")
     check_token_ids(token_ids, limits.vocabulary, "token_ids")
 
 
@@ -133,15 +147,25 @@ def check_proposal(token_ids: Sequence[int], limits: Limits, field: str) -> None
     check_token_ids(token_ids, limits.vocabulary, field)
 
 
-def read_block(message: target_pb2.Block, sampling: SamplingParams, limits: Limits) -> Block:
-    """A block of a session that samples in this way. Whether it continues the session is not asked here."""
+def read_blocks(message: target_pb2.Block, sampling: SamplingParams, limits: Limits) -> list[Block]:
+    """A block of a session that samples in this way, and the plain steps behind it.
+
+    Whether they continue the session is not asked here.
+    """
     check_proposal(message.token_ids, limits, "block.token_ids")
-    return Block(
+    if message.more_steps > _MAX_MORE_STEPS:
+        raise InvalidRequestError(f"at most {_MAX_MORE_STEPS}", field="block.more_steps")
+    if message.more_steps and message.token_ids:
+        raise InvalidRequestError("only behind a block that proposes nothing", field="block.more_steps")
+    if message.round + message.more_steps >= 1 << 64:
+        raise InvalidRequestError("there are no more rounds for them", field="block.more_steps")
+    first = Block(
         token_ids=list(message.token_ids),
         base_length=message.base_length,
         last_token_id=message.last_token_id if message.HasField("last_token_id") else None,
         draft_probs=read_draft_probs(message, sampling, limits, "block."),
     )
+    return [first, *(Block(base_length=message.base_length + 1 + i) for i in range(message.more_steps))]
 
 
 def read_draft_probs(

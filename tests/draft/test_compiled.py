@@ -28,7 +28,7 @@ def test_a_compiled_draft_says_the_same_and_compiles_nothing_later(load, engine)
 
     async def session(of, prompt, params):
         said = []
-        async with of.proposer(Source.SOURCE_MODEL, None) as proposer:
+        async with of.proposer(Source.SOURCE_MODEL) as proposer:
             proposer.begin(Turn(prompt, len(prompt), params))
             for kept in (0, 2, 4, 1):
                 answers = asyncio.Queue()

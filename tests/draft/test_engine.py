@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from specpair.v1.common_pb2 import Source
 from specpair_draft.asks import Ask, Turn
 from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
-from specpair_runtime.serving import ServiceStatus
+from specpair_runtime.serving import Caller, ServiceStatus
 
 from ..tiny import random_ids
 from .conftest import CHUNK, SLOTS
@@ -52,7 +53,7 @@ async def propose(proposer, ask):
 async def rounds(engine, prompt, count=3):
     """What a session is proposed in some rounds, of which each is accepted in part."""
     said = []
-    async with engine.proposer(MODEL, None) as proposer:
+    async with engine.proposer(MODEL) as proposer:
         proposer.begin(prompt)
         for _ in range(count):
             said.append(await propose(proposer, Ask(proposer.length, said[-1][:2] if said else [], 4)))
@@ -63,11 +64,11 @@ def test_a_slot_is_held_as_long_as_the_session(engine):
     """A model's proposer has a slot of its own until its context ends, however it ends; prompt lookup needs none."""
 
     async def check():
-        async with engine.proposer(MODEL, None), engine.proposer(MODEL, None), engine.proposer(NGRAM, None):
+        async with engine.proposer(MODEL), engine.proposer(MODEL), engine.proposer(NGRAM):
             assert engine.pool.in_use == 2
         assert engine.pool.in_use == 0
         with pytest.raises(ZeroDivisionError):
-            async with engine.proposer(MODEL, None):
+            async with engine.proposer(MODEL):
                 raise ZeroDivisionError
         assert engine.pool.in_use == 0
 
@@ -88,17 +89,21 @@ def test_more_sessions_than_slots(engine):
     assert engine.pool.in_use == 0
 
 
+def in_a_moment():
+    return Caller(deadline=time.monotonic() + 0.01)
+
+
 def test_no_slot_in_time(load):
     """A session that gets no slot within its own time is told why."""
     engine = load("llama-small", slots=1)
 
     async def check():
-        async with engine.proposer(MODEL, None):
+        async with engine.proposer(MODEL):
             with pytest.raises(OverloadedError) as error:
-                async with engine.proposer(MODEL, 0.01):
+                async with engine.proposer(MODEL, in_a_moment()):
                     pass
             assert error.value.reason == "KV_SLOTS_EXHAUSTED"
-        async with engine.proposer(MODEL, 0.01):
+        async with engine.proposer(MODEL, in_a_moment()):
             pass
 
     asyncio.run(check())
@@ -108,7 +113,7 @@ def test_who_proposes(engine, lookup):
     """Without a wish the first source of the service; a source that is not there is refused by name."""
 
     async def source_of(of, wish):
-        async with of.proposer(wish, None) as proposer:
+        async with of.proposer(wish) as proposer:
             return proposer.source
 
     async def refused(of, wish):
@@ -128,7 +133,7 @@ def test_prompt_lookup_works_without_a_model(lookup):
     """It proposes what followed before."""
 
     async def check():
-        async with lookup.proposer(NGRAM, None) as proposer:
+        async with lookup.proposer(NGRAM) as proposer:
             proposer.begin(Turn([5, 6, 7, 8, 5, 6], 6))
             return [timed.proposal.token_ids async for timed in answers(proposer, Ask(6, [7], 2, proposals=2))]
 
@@ -149,7 +154,7 @@ def test_a_long_prompt_lets_others_pass(engine, monkeypatch):
         return prefill(*args)
 
     async def check():
-        async with engine.proposer(MODEL, None) as short, engine.proposer(MODEL, None) as long:
+        async with engine.proposer(MODEL) as short, engine.proposer(MODEL) as long:
             short.begin(turn(5))
             monkeypatch.setattr(runner, "prefill", chunk)
             monkeypatch.setattr(runner, "logits", lambda *args: events.append("step") or logits(*args))
@@ -209,7 +214,7 @@ def test_a_round_goes_on_while_others_come(engine, monkeypatch):
         return logits(*args)
 
     async def check():
-        async with engine.proposer(MODEL, None) as first, engine.proposer(MODEL, None) as second:
+        async with engine.proposer(MODEL) as first, engine.proposer(MODEL) as second:
             first.begin(turn(1))
             second.begin(turn(1, seed=1))
             monkeypatch.setattr(runner, "logits", step)
@@ -237,7 +242,7 @@ def test_an_engine_that_stops_says_so(load):
         return logits(*args)
 
     async def check():
-        async with engine.proposer(MODEL, None) as proposer:
+        async with engine.proposer(MODEL) as proposer:
             proposer.begin(turn(5))
             runner.logits = step
             asked = asyncio.create_task(propose(proposer, Ask(5, [], 40)))
@@ -282,7 +287,7 @@ def test_a_thread_that_fails_is_reported(load, monkeypatch):
         raise ZeroDivisionError
 
     async def check():
-        async with engine.proposer(MODEL, None) as proposer:
+        async with engine.proposer(MODEL) as proposer:
             proposer.begin(turn(5))
             monkeypatch.setattr(engine._scheduler._lockstep, "turn", broken)
             with pytest.raises(UnavailableError):

@@ -3,90 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 
 import grpc
 import pytest
 
-from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc
+from specpair.v1 import common_pb2
 from specpair_draft.asks import Proposal, Timed, Turn
-from specpair_draft.config import DraftConfig
-from specpair_draft.servicer import DraftServicer, _Stream
-from specpair_runtime.serving import ServiceStatus
-from specpair_runtime.serving.interceptors import CallInterceptor
+from specpair_draft.servicer import _Stream
 
 from ..tiny import random_ids
-from .conftest import CHUNK, MAX_LENGTH
-
-PROMPT = random_ids(20)
-WITHIN = 30  # seconds, for what must come
+from .conftest import MAX_LENGTH
+from .served import PROMPT, WITHIN, ask, conversation, load, opened, proposals, start
 
 
 @pytest.fixture(scope="module")
 def servicer(tiny):
     """A draft service on a tiny model with two slots, without a server."""
-    config = DraftConfig(
-        model=tiny.path("llama-small"),
-        dtype="fp32",
-        device="cpu",
-        slots=2,
-        max_length=MAX_LENGTH,
-        prefill_chunk=CHUNK,
-        threads=1,
-    )
-    servicer = DraftServicer(config, ServiceStatus())
-    servicer.load(ServiceStatus())
+    servicer = load(tiny)
     yield servicer
     servicer.stop()
-
-
-@contextlib.asynccontextmanager
-async def stub_of(servicer):
-    server = grpc.aio.server(interceptors=[CallInterceptor()])
-    draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield draft_pb2_grpc.DraftServiceStub(channel)
-    finally:
-        await server.stop(None)
-
-
-def conversation(servicer, talk):
-    """Runs `talk(stub)`; afterwards every slot is free."""
-
-    async def run():
-        async with asyncio.timeout(2 * WITHIN):
-            async with stub_of(servicer) as stub:
-                await talk(stub)
-                while servicer._engine.pool.in_use:  # noqa: ASYNC110 - nothing tells
-                    await asyncio.sleep(0.001)
-
-    asyncio.run(run())
-
-
-def start(ids=PROMPT, **fields):
-    return draft_pb2.ProposeRequest(start=draft_pb2.ProposeStart(token_ids=ids, **fields))
-
-
-def ask(round_=1, ids=(), at=20, most=4, **fields):
-    return draft_pb2.ProposeRequest(
-        ask=draft_pb2.ProposeAsk(round=round_, from_position=at, token_ids=ids, max_tokens=most, **fields)
-    )
-
-
-async def opened(stub, *requests):
-    call = stub.Propose()
-    for request in (start(), *requests):
-        await call.write(request)
-    assert (await call.read()).started.max_length == MAX_LENGTH
-    return call
-
-
-async def proposals(call, count):
-    return [(await call.read()).proposal for _ in range(count)]
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
 
     async def Tokenize(self, request, context):
         self._fail_as_told(request.prompt.text)
+        context.set_trailing_metadata((("x-peer", context.peer()),))
         if request.prompt.text == "overloaded":
             context.set_trailing_metadata((("x-note", "from the handler"),))
             raise errors.OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED", retry_after=1.5)

@@ -204,7 +204,8 @@ def test_drain_lets_sessions_finish(running):
             await stream.read()
             signal.raise_signal(signal.SIGTERM)
             await service.until(lambda: service.status.phase == common_pb2.PHASE_DRAINING)
-            await asyncio.sleep(0.1)
+            # Longer than calls on open connections are answered at all.
+            await asyncio.sleep(0.5)
             async with grpc.aio.insecure_channel(service.address) as late:
                 with pytest.raises(grpc.RpcError) as refused:
                     await target_pb2_grpc.TargetServiceStub(late).GetModelInfo(INFO)

@@ -88,7 +88,7 @@ def sampled(max_new_tokens: int, **params: object) -> TurnOptions:
 async def open_session(
     engine: Engine, prompt: Sequence[int], options: TurnOptions, committed: Sequence[int] = ()
 ) -> Session:
-    return await engine.open(Prompt(list(prompt)), committed, options, committed_field="committed", patience=None)
+    return await engine.open(Prompt(list(prompt)), committed, options, committed_field="committed")
 
 
 async def round_of(engine: Engine, session: Session, proposal: Sequence[int], output: Output) -> None:

@@ -144,7 +144,7 @@ def test_a_stop_string_ends_a_chain(engine_of):
 
     async def chain():
         options = greedy(NEW, stop_strings=(stop,))
-        session = await engine.open(Prompt(TEXT_PROMPT), (), options, committed_field="", patience=None)
+        session = await engine.open(Prompt(TEXT_PROMPT), (), options, committed_field="")
         try:
             whole, start = [*TEXT_PROMPT, *plain.token_ids], len(TEXT_PROMPT)
             blocks = [Block([], length, whole[length - 1]) for length in range(start, len(whole))]

@@ -42,7 +42,7 @@ class Engine:
         if number in self._waits:
             return None
         self.pending.append(asyncio.get_running_loop().create_future())
-        return self.pending[-1]
+        return [self.pending[-1]]
 
     def answer_all(self):
         for number, future in enumerate(self.pending):
@@ -70,7 +70,7 @@ def test_messages_are_submitted_before_the_answers_are_there():
             await settled()
             assert len(engine.pending) == sender.taken == LIMIT
             engine.answer_all()
-            _, answer = await first
+            _, (answer,) = await first
             assert await answer == 0
             await settled()
             assert sender.taken == LIMIT
@@ -89,7 +89,7 @@ def test_order_and_end():
         engine = Engine()
         seen = []
         async with ahead(Sender(20), engine) as messages:
-            async for number, answer in messages:
+            async for number, (answer,) in messages:
                 engine.answer_all()
                 seen.append((number, await answer))
         assert seen == [(number, number) for number in range(20)]
@@ -129,6 +129,22 @@ def test_an_error_comes_in_its_place(place):
                 assert (await anext(messages))[0] == number
             with pytest.raises(ValueError, match="^2$" if place == "submit" else "^broken$"):
                 await anext(messages)
+
+    run(check())
+
+
+def test_closing_between_the_answers_to_one_message():
+    """Those that were not awaited yet are cancelled, like those of later messages."""
+
+    async def check():
+        loop = asyncio.get_running_loop()
+        answers = {number: [loop.create_future() for _ in range(3)] for number in range(2)}
+        answers[0][0].set_result("said")
+        async with aclosing(read_ahead(aiter(Sender(2)), answers.get, LIMIT)) as messages:
+            number, (first, *_) = await anext(messages)
+            assert (number, await first) == (0, "said")
+            await settled()
+        assert all(answer.cancelled() for answer in [*answers[0][1:], *answers[1]])
 
     run(check())
 

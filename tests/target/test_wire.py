@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from specpair.errors import InvalidRequestError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2
@@ -227,6 +228,22 @@ def test_good_prompts(templated):
     assert TOKENIZER.decode(read_prompt(chat, templated).token_ids) == "user:a;user:b;A"
     chat["chat"]["add_generation_prompt"] = False
     assert TOKENIZER.decode(read_prompt(chat, templated).token_ids) == "user:a;user:b;"
+
+
+def test_a_continuation_has_no_special_tokens():
+    """Text that stands behind an earlier turn, whether that is there or not, begins no second time."""
+    tokenizer = tiny_tokenizer()
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    prompts, limits = Prompts(tokenizer, LENGTH, len(tokenizer)), wire.Limits(len(tokenizer), LENGTH, BLOCK, EOS)
+    text = common_pb2.Prompt(text="stop the")
+    begun = wire.read_prompt(text, prompts, limits, "prompt").token_ids
+    added = wire.read_prompt(text, prompts, limits, "prompt", continuation=True).token_ids
+    assert begun == [tokenizer.bos_token_id, *added]
+    session = Session("s", begun, len(begun), LENGTH, TurnOptions(), None)
+    assert wire.read_prompt(text, prompts, limits, "prompt", session).token_ids == [*begun, *added]
+    ids = common_pb2.Prompt(token_ids={"ids": [5]})
+    assert wire.read_prompt(ids, prompts, limits, "prompt", continuation=True).token_ids == [5]
 
 
 def test_committed_tokens():

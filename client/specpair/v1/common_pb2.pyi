@@ -637,6 +637,7 @@ class ModelInfo(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PROPOSERS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Directory or hub id, as configured. Empty for a draft service without a model."""
     phase: Global___Phase.ValueType
@@ -666,6 +667,8 @@ class ModelInfo(_message.Message):
     """Version of specpair."""
     chat: _builtins.bool
     """Whether the tokenizer has a chat template."""
+    parallel: _builtins.int
+    """Processes that hold a part of the weights each; 1 where one holds all."""
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint:
         """Absent until the tokenizer is loaded, and on a draft service without a model."""
@@ -697,10 +700,11 @@ class ModelInfo(_message.Message):
         version: _builtins.str = ...,
         proposers: _abc.Iterable[Global___Source.ValueType] | None = ...,
         chat: _builtins.bool = ...,
+        parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attn_implementation", b"attn_implementation", "chat", b"chat", "compiled", b"compiled", "detail", b"detail", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_length", b"max_length", "model", b"model", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "proposers", b"proposers", "quantization", b"quantization", "recompilations", b"recompilations", "slots", b"slots", "slots_in_use", b"slots_in_use", "verify_width", b"verify_width", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attn_implementation", b"attn_implementation", "chat", b"chat", "compiled", b"compiled", "detail", b"detail", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_length", b"max_length", "model", b"model", "parallel", b"parallel", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "proposers", b"proposers", "quantization", b"quantization", "recompilations", b"recompilations", "slots", b"slots", "slots_in_use", b"slots_in_use", "verify_width", b"verify_width", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

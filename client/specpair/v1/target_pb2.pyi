@@ -245,6 +245,7 @@ class Block(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DRAFT_PROBS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    MORE_STEPS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Chosen by the client, returned in the verdict."""
     base_length: _builtins.int
@@ -257,6 +258,10 @@ class Block(_message.Message):
     """
     source: _common_pb2.Source.ValueType
     """Who proposed, for information."""
+    more_steps: _builtins.int
+    """Plain steps to take behind this one, at most 7, if it proposes nothing itself. Each is a block of its own, at the
+    length that the one before it leaves, with a verdict of its own; their rounds count on from this block's.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The proposed ids, none to verify_width - 1 of them. None: one plain decoding step."""
@@ -277,10 +282,11 @@ class Block(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         draft_probs: _abc.Iterable[_common_pb2.SparseDistribution] | None = ...,
         source: _common_pb2.Source.ValueType = ...,
+        more_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_last_token_id", b"_last_token_id", "last_token_id", b"last_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_token_id", b"_last_token_id", "base_length", b"base_length", "draft_probs", b"draft_probs", "last_token_id", b"last_token_id", "round", b"round", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_token_id", b"_last_token_id", "base_length", b"base_length", "draft_probs", b"draft_probs", "last_token_id", b"last_token_id", "more_steps", b"more_steps", "round", b"round", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_token_id: _TypeAlias = _typing.Literal["last_token_id"]  # noqa: Y015
     _WhichOneofArgType__last_token_id: _TypeAlias = _typing.Literal["_last_token_id", b"_last_token_id"]  # noqa: Y015
@@ -408,6 +414,9 @@ class GenerateResponse(_message.Message):
 
     STARTED_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
+    BASE_LENGTH_FIELD_NUMBER: _builtins.int
+    base_length: _builtins.int
+    """Committed tokens of the session before `committed`: a response that was lost on the way shows by it."""
     @_builtins.property
     def started(self) -> Global___SessionStarted:
         """The first response."""
@@ -421,10 +430,11 @@ class GenerateResponse(_message.Message):
         *,
         started: Global___SessionStarted | None = ...,
         committed: _common_pb2.CommittedTokens | None = ...,
+        base_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "committed", b"committed", "message", b"message", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["started", "committed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -437,16 +447,20 @@ class TokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
+    continuation: _builtins.bool
+    """Text as a session's later turn has it: without special tokens."""
     @_builtins.property
     def prompt(self) -> _common_pb2.Prompt: ...
     def __init__(
         self,
         *,
         prompt: _common_pb2.Prompt | None = ...,
+        continuation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

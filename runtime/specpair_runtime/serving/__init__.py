@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from specpair_runtime.serving.attended import Attended
+from specpair_runtime.serving.caller import Caller
 from specpair_runtime.serving.config import ServiceConfig
-from specpair_runtime.serving.interceptors import REQUEST_ID, CallInterceptor, annotate
+from specpair_runtime.serving.interceptors import CallInterceptor, annotate
 from specpair_runtime.serving.logs import configure as configure_logs
 from specpair_runtime.serving.server import run, serve
 from specpair_runtime.serving.status import ServiceStatus, StatusSnapshot
 
 __all__ = [
-    "REQUEST_ID",
+    "Attended",
     "CallInterceptor",
+    "Caller",
     "ServiceConfig",
     "ServiceStatus",
     "StatusSnapshot",

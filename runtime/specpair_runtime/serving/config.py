@@ -1,4 +1,4 @@
-"""What both services can be configured with, and how flags, environment and a file come together."""
+"""What services can be configured with, and how flags, environment and a file come together."""
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ from specpair_runtime.serving.flags import CONFIG, flag_name, read_flags
 from specpair_runtime.serving.logs import LogFormat, LogLevel
 
 
-class ServiceConfig(BaseSettings):
-    """Base of a service's configuration: a subclass adds fields with descriptions and an `env_prefix`."""
+class Settings(BaseSettings):
+    """Base of a server's configuration: a subclass adds fields with descriptions and an `env_prefix`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, validate_default=False)
 
     listen: str = Field("127.0.0.1:50051", description="Address to serve on, HOST:PORT; port 0 takes a free one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads to compute with; default: torch's choice.")
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, JSON lines otherwise.")
     log_level: LogLevel = Field("info", description="Least level that is logged.")
     grace: float = Field(10.0, ge=0, description="Seconds that running calls get to finish after SIGTERM.")
-    profile: str = Field("", description="Directory to write a trace of the first engine steps to.")
-    profile_steps: int = Field(200, ge=1, le=10_000, description="Engine steps in a trace.")
-    reflection: bool = Field(True, description="Answer server reflection, which grpcurl needs.")
 
     @field_validator("listen")
     @classmethod
@@ -62,6 +58,35 @@ class ServiceConfig(BaseSettings):
                 **{name: flag_name(name) for name in flags},
             }
             _refuse(_describe(problems, origins, prefix))
+
+
+class ServiceConfig(Settings):
+    """Base of a service's configuration."""
+
+    threads: int | None = Field(None, ge=1, description="CPU threads to compute with; default: torch's choice.")
+    idle_timeout: float = Field(
+        600.0,
+        ge=0,
+        le=1e6,
+        description="Seconds after which a stream ends whose client neither sends nor reads; 0: never.",
+    )
+    max_connection_age: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Seconds after which a client has to connect anew, to find new replicas; 0: never.",
+    )
+    max_connection_age_grace: float = Field(
+        0.0, ge=0, le=1e6, description="Seconds that calls get to end on such a connection; 0: as long as they take."
+    )
+    profile: str = Field("", description="Directory to write a trace of the first engine steps to.")
+    profile_steps: int = Field(200, ge=1, le=10_000, description="Engine steps in a trace.")
+    reflection: bool = Field(True, description="Answer server reflection, which grpcurl needs.")
+    tls_cert: str = Field("", description="File with the certificate chain to serve TLS with, PEM.")
+    tls_key: str = Field("", description="File with its private key, PEM.")
+    tls_client_ca: str = Field("", description="File with the CAs whose client certificates are required, PEM.")
+    auth_tokens: str = Field("", description="File with the accepted bearer tokens, NAME:TOKEN or NAME:sha256:HEX.")
+    insecure_tokens: bool = Field(False, description="Accept tokens in plain text from other machines.")
 
 
 def _read_file(path: str) -> dict[str, Any]:

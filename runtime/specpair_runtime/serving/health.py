@@ -61,6 +61,15 @@ class Health:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
+    async def List(  # noqa: N802 - newer versions of the library register it and need it
+        self,
+        request: health_pb2.HealthListRequest,
+        context: grpc.aio.ServicerContext[health_pb2.HealthListRequest, health_pb2.HealthListResponse],
+    ) -> health_pb2.HealthListResponse:
+        """The status of every service now, and of the server under ""."""
+        statuses = {service: health_pb2.HealthCheckResponse(status=self._status(service)) for service in self._serving}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(  # noqa: N802
         self,
         request: health_pb2.HealthCheckRequest,

@@ -10,20 +10,26 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import grpc
 import structlog
 from grpc_status import rpc_status
 
-from specpair.errors import InternalError, SpecpairError, to_status
-
-REQUEST_ID = "x-request-id"
+from specpair.errors import PUSHBACK, REQUEST_ID, InternalError, SpecpairError, to_status
+from specpair_runtime.serving.attended import expired
+from specpair_runtime.serving.calls import Calls
+from specpair_runtime.serving.decoding import decoding
+from specpair_runtime.serving.identity import identify
 
 # A caller's id goes into logs and metadata: no more than this is taken over.
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # Health probes and tools: what they ask is of no interest until something is wrong.
-_QUIET = ("/grpc.health.", "/grpc.reflection.")
+_HEALTH = "/grpc.health."
+_QUIET = (_HEALTH, "/grpc.reflection.")
+# Answered in every phase, the drain included.
+_INFO = "/GetModelInfo"
 
 _CANCELLATION_LAG = 0.001  # seconds
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -52,7 +58,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     - The request id comes from the metadata `x-request-id` or is made up; it stands on every log line of the call and
       goes back in the trailing metadata. Not in the initial metadata: those sent early would end gRPC's own retries.
     - One line per call is logged at its end: method, peer, status, seconds, and what the handler said to `annotate`.
+    - Calls are counted in `calls`, which refuses them from the drain on and ends those that are left; health is not.
+    - Bytes that are no message end it with INVALID_ARGUMENT and the reason MALFORMED_MESSAGE.
+    - A response that the client does not take within `patience` seconds ends the call with UNAVAILABLE and the reason
+      SESSION_EXPIRED; 0 waits for ever.
     """
+
+    def __init__(self, calls: Calls | None = None, patience: float = 0.0) -> None:
+        self._calls = calls or Calls()
+        self._patience = patience or None
 
     async def intercept_service(
         self,
@@ -63,28 +77,50 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        codecs = (handler.request_deserializer, handler.response_serializer)
+        wrap = partial(self._wrap, method, handler.request_deserializer)
+        codecs = (None, handler.response_serializer)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_wrap(method, handler.unary_unary), *codecs)
+            return grpc.unary_unary_rpc_method_handler(wrap(handler.unary_unary), *codecs)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_wrap(method, handler.unary_stream), *codecs)
+            return grpc.unary_stream_rpc_method_handler(wrap(handler.unary_stream), *codecs)
         if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(_wrap(method, handler.stream_unary), *codecs)
-        return grpc.stream_stream_rpc_method_handler(_wrap(method, handler.stream_stream), *codecs)
+            return grpc.stream_unary_rpc_method_handler(wrap(handler.stream_unary), *codecs)
+        return grpc.stream_stream_rpc_method_handler(wrap(handler.stream_stream), *codecs)
+
+    def _wrap(self, method: str, decode: Any, handler: Any) -> Any:  # noqa: ANN401
+        answer = self._counted(method, decoding(handler, decode))
+
+        # grpc's types know no handler that is a coroutine, nor one that writes to its context instead of yielding.
+        async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401
+            return await _call(method, answer, request, context)
+
+        return call
+
+    def _counted(self, method: str, handler: _Handler) -> Callable[[Any, _Context], Awaitable[Any]]:
+        """The handler to its last response, as one of the server's calls."""
+
+        async def answer(request: Any, context: _Context) -> Any:  # noqa: ANN401
+            if method.startswith(_HEALTH):
+                return await _answer(handler, request, context, self._patience)
+            if self._calls.refusal is not None and not method.endswith(_INFO):
+                raise self._calls.refusal
+            async with self._calls.running():
+                return await _answer(handler, request, context, self._patience)
+
+        return answer
 
 
-def _wrap(method: str, handler: Any) -> Any:  # noqa: ANN401
-    # grpc's types know no handler that is a coroutine, nor one that writes to its context instead of yielding.
-    async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401
-        return await _call(method, handler, request, context)
-
-    return call
-
-
-async def _call(method: str, handler: _Handler, request: Any, context: _Context) -> Any:  # noqa: ANN401
+async def _call(
+    method: str,
+    answer: Callable[[Any, _Context], Awaitable[Any]],
+    request: Any,  # noqa: ANN401
+    context: _Context,
+) -> Any:  # noqa: ANN401
     request_id = _request_id(context)
     # grpc.aio runs every call in a task of its own, so nothing has to be unbound.
     structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
+    if caller := identify(context):
+        structlog.contextvars.bind_contextvars(caller=caller)
     _annotations.set({})
     log = structlog.get_logger("specpair.rpc")
     started = time.perf_counter()
@@ -92,7 +128,7 @@ async def _call(method: str, handler: _Handler, request: Any, context: _Context)
     # At once, for handlers that abort by themselves; again at the end, for those that set trailing metadata.
     context.set_trailing_metadata(_trailing(context, request_id))
     try:
-        result = await _answer(handler, request, context)
+        result = await answer(request, context)
         context.set_trailing_metadata(_trailing(context, request_id))
         if hasattr(request, "__aiter__"):
             # A client that cancels looks to a reading handler like one that has no more to say; the cancellation
@@ -115,8 +151,13 @@ async def _call(method: str, handler: _Handler, request: Any, context: _Context)
         write("call", status=_status(context, cancelled), seconds=seconds, **(_annotations.get() or {}))
 
 
-async def _answer(handler: _Handler, request: Any, context: _Context) -> Any:  # noqa: ANN401
-    """The response of a unary handler, None after a stream."""
+async def _answer(
+    handler: _Handler,
+    request: Any,  # noqa: ANN401
+    context: _Context,
+    patience: float | None,
+) -> Any:  # noqa: ANN401
+    """The response of a unary handler, None after a stream. gRPC's flow control holds a stream back by its writes."""
     result = handler(request, context)
     if not inspect.isasyncgen(result):
         return await result
@@ -124,7 +165,11 @@ async def _answer(handler: _Handler, request: Any, context: _Context) -> Any:  #
     # the call ends, whichever way it ends.
     async with aclosing(result) as responses:
         async for response in responses:
-            await context.write(response)
+            try:
+                async with asyncio.timeout(patience):
+                    await context.write(response)
+            except TimeoutError:
+                raise expired("the client does not take the answers") from None
     return None
 
 
@@ -133,7 +178,7 @@ async def _abort(context: _Context, error: SpecpairError, request_id: str) -> No
     trailing = (*_trailing(context, request_id), *status.trailing_metadata)
     if error.retry_after is not None:
         # What gRPC's own retries go by.
-        trailing = (*trailing, ("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))))
+        trailing = (*trailing, (PUSHBACK, str(round(error.retry_after * 1000))))
     await context.abort(status.code, status.details, trailing)
 
 

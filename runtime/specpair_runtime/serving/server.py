@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import socket
@@ -17,8 +18,11 @@ from typing import Any
 import grpc
 import structlog
 
-from specpair.errors import SpecpairError, UnavailableError
+from specpair.addresses import is_local
+from specpair.errors import InvalidRequestError, SpecpairError, UnavailableError
 from specpair.v1 import common_pb2
+from specpair_runtime.serving.auth import token_interceptors
+from specpair_runtime.serving.calls import Calls
 from specpair_runtime.serving.config import ServiceConfig
 from specpair_runtime.serving.ending import Ending
 from specpair_runtime.serving.health import Health
@@ -26,6 +30,7 @@ from specpair_runtime.serving.interceptors import CallInterceptor
 from specpair_runtime.serving.progress import shown
 from specpair_runtime.serving.reflection import add_reflection
 from specpair_runtime.serving.status import ServiceStatus
+from specpair_runtime.serving.tls import server_credentials
 
 # Messages stay limited to 4 MiB, gRPC's default.
 _OPTIONS = (
@@ -35,6 +40,12 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
 )
+
+# Seconds between NOT_SERVING and the goodbye on every connection. gRPC cancels a call that crosses a goodbye, and that
+# says nothing to its client; until then it is refused with a reason, and whoever watches health stays away.
+_NOTICE = 0.25
+# Seconds for the status of a call that is ended. One whose client reads nothing never gets there.
+_LAST_WORDS = 1.0
 
 _log = structlog.stdlib.get_logger("specpair")
 
@@ -65,7 +76,7 @@ def run(config: ServiceConfig, *, register: Register, load: Load, status: Servic
     When a signal during the load or a second signal leaves a thread at work, this ends the process by itself.
     """
     with shown(status):
-        outcome = asyncio.run(_serve(config, _Service(register, load, status, close), None))
+        outcome = asyncio.run(_serve(config, _Service(register, _frozen(load), status, close), None))
     if outcome.abandoned:
         # A native thread that asks for the GIL back while the interpreter exits is killed there, which may abort the
         # process with a status of its own.
@@ -73,6 +84,21 @@ def run(config: ServiceConfig, *, register: Register, load: Load, status: Servic
         sys.stderr.flush()
         os._exit(outcome.exit_status)
     return outcome.exit_status
+
+
+def _frozen(load: Load) -> Load:
+    """`load`, and then nothing of what is there is looked at by the garbage collector again.
+
+    A model and its libraries are hundreds of thousands of objects. A full collection that walks through them holds the
+    interpreter for a quarter of a second, in which nothing is answered, health included.
+    """
+
+    def loading(status: ServiceStatus) -> None:
+        load(status)
+        gc.collect()
+        gc.freeze()
+
+    return loading
 
 
 async def serve(
@@ -90,19 +116,28 @@ async def serve(
     answer GetModelInfo before anything is loaded.
     `load` runs in a thread of its own while the server already listens; health is NOT_SERVING until it returns.
     `close` runs in a thread of its own after the last call has ended, also when `load` raised. It is left out when the
-    address could not be bound and when the load still goes on.
+    service could not begin to listen and when the load still goes on.
     `on_listening` gets the address in use.
 
-    Returns 0 after SIGTERM or SIGINT: health turns NOT_SERVING at once and running calls get `config.grace` seconds to
-    end. Returns 1 when the address cannot be bound, when `load` raises, and when anything calls `status.fail`; the
-    reason is logged. Returns 128 plus its number after a second signal, which ends at once, without `close`.
+    Returns 0 after SIGTERM or SIGINT: health turns NOT_SERVING at once, new calls are refused, and running calls get
+    `config.grace` seconds to end; those that are left are ended. Both are UNAVAILABLE with the reason DRAINING.
+    Returns 1 when TLS or tokens cannot be set up as configured, when the address cannot be bound, when `load` raises,
+    and when anything calls `status.fail`; the reason is logged, and calls that run are UNAVAILABLE with the reason
+    FAILED. Returns 128 plus its number after a second signal, which ends at once, without `close`.
     Raises what `close` raises. Cancelling this ends all calls at once and closes.
     """
     return (await _serve(config, _Service(register, load, status, close), on_listening)).exit_status
 
 
 async def _serve(config: ServiceConfig, service: _Service, on_listening: Callable[[str], None] | None) -> _Outcome:
-    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+    try:
+        credentials, guards = server_credentials(config), token_interceptors(config)
+    except InvalidRequestError as error:
+        return _refuse(service.status, error)
+    calls = Calls()
+    # Outermost stands what logs calls: those that are denied too.
+    interceptors = [CallInterceptor(calls, config.idle_timeout), *guards]
+    server = grpc.aio.server(interceptors=interceptors, options=_options(config))
     services = [*service.register(server), Health.SERVICE]
     health = Health()
     health.add_to(server)
@@ -110,11 +145,11 @@ async def _serve(config: ServiceConfig, service: _Service, on_listening: Callabl
     if config.reflection:
         add_reflection(server, services)
     try:
-        address = _bind(server, config.listen)
+        address = _bind(server, config.listen, credentials)
     except UnavailableError as error:
-        service.status.fail(str(error))
-        _log.error(f"failed: {error}")
-        return _Outcome(1)
+        return _refuse(service.status, error)
+    if credentials is None and not is_local(config.listen):
+        _log.warning("no TLS: prompts and outputs cross the network in plain text", address=address)
     with Ending(service.status) as ending:
         await server.start()
         _log.info("listening", address=address)
@@ -132,21 +167,30 @@ async def _serve(config: ServiceConfig, service: _Service, on_listening: Callabl
                 _log.error(f"failed: {service.status.snapshot.detail}")
         finally:
             # Cancelled or failed: there is nothing to wait for.
-            grace = None if exit_status != 0 else config.grace
+            grace = 0.0 if exit_status != 0 else config.grace
             service.status.set(common_pb2.PHASE_DRAINING)
             health.shut_down()
+            calls.refuse(*(("the service failed", "FAILED") if exit_status else ("the service stops", "DRAINING")))
             close = service.close if loading.done() else None
-            stopping = asyncio.ensure_future(_stop(server, grace, close))
+            stopping = asyncio.ensure_future(_stop(server, calls, grace, close))
             await _first(stopping, ending.forced)
         if not stopping.done():
             stopping.cancel()
+            # A server that nobody has stopped does not let the loop end.
+            await asyncio.wait([asyncio.ensure_future(server.stop(None))], timeout=_LAST_WORDS)
             return _Outcome(ending.forced.result(), abandoned=True)
         stopping.result()
         _log.info("stopped")
         return _Outcome(exit_status, abandoned=not loading.done())
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+def _refuse(status: ServiceStatus, error: SpecpairError) -> _Outcome:
+    status.fail(str(error))
+    _log.error(f"failed: {error}")
+    return _Outcome(1)
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     """The address in use, with the real port. Raises UnavailableError."""
     # gRPC does not pass on the system's reason, prints lines of its own, and takes an address of which only a part is
     # free. So the usual case is found before it tries.
@@ -154,7 +198,7 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     if reason == os.strerror(errno.EADDRINUSE):
         raise UnavailableError(f"cannot listen on {listen}: {reason}", field="listen")
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise UnavailableError(f"cannot listen on {listen}: {reason or error}", field="listen") from None
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
@@ -175,6 +219,21 @@ def _refusal(listen: str) -> str:
     return ""
 
 
+def _options(config: ServiceConfig) -> list[tuple[str, int]]:
+    """gRPC's options."""
+    options = list(_OPTIONS)
+    if config.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", _milliseconds(config.max_connection_age)))
+        if config.max_connection_age_grace:
+            options.append(("grpc.max_connection_age_grace_ms", _milliseconds(config.max_connection_age_grace)))
+    return options
+
+
+def _milliseconds(seconds: float) -> int:
+    # 0 would close every connection as soon as it is there.
+    return max(round(seconds * 1000), 1)
+
+
 def _loaded(loading: asyncio.Future[None], status: ServiceStatus) -> bool:
     """Whether the service is ready; enters READY or FAILED."""
     error = loading.exception()
@@ -188,8 +247,14 @@ def _loaded(loading: asyncio.Future[None], status: ServiceStatus) -> bool:
     return status.phase == common_pb2.PHASE_READY
 
 
-async def _stop(server: grpc.aio.Server, grace: float | None, close: Callable[[], None] | None) -> None:
-    await server.stop(grace)
+async def _stop(server: grpc.aio.Server, calls: Calls, grace: float, close: Callable[[], None] | None) -> None:
+    """Waits for the calls that run, at most `grace` seconds, and ends the others; then closes."""
+    notice = min(grace, _NOTICE)
+    await asyncio.sleep(notice)
+    goodbye = asyncio.ensure_future(server.stop(grace - notice + _LAST_WORDS))
+    await calls.ended(grace - notice)
+    calls.end()
+    await goodbye
     if close is not None:
         await _in_thread(close, "close")
 
