@@ -140,6 +140,7 @@ def describe_model(info: common_pb2.ModelInfo, model: ServingModel) -> None:
     info.max_length = runner.max_length
     info.recompilations = model.recompilations.count
     info.chat = bool(fingerprint.chat_template_sha256)
+    info.parallel = model.processes
 
 
 def _signed(seed: int) -> int:

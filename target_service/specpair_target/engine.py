@@ -10,10 +10,11 @@ import structlog
 
 from specpair.errors import InvalidRequestError, ProtocolError
 from specpair_runtime.models.profiling import profiler_of
+from specpair_runtime.models.ranks import Ranks
 from specpair_runtime.models.runner import ModelRunner
-from specpair_runtime.models.serving_model import ServingModel, load_serving_model
+from specpair_runtime.models.serving_model import ServingModel, follow_serving_model, load_serving_model
 from specpair_runtime.sampling.rejection import SparseProbs
-from specpair_runtime.serving import ServiceStatus
+from specpair_runtime.serving import Caller, ServiceStatus
 from specpair_runtime.slots import SlotPool
 from specpair_target.blocks import Answer, Block, Stale, Verification
 from specpair_target.config import TargetConfig
@@ -36,7 +37,7 @@ class Engine:
         self.model = model
         (self.width,) = model.widths
         self.max_length = model.runner.max_length
-        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout)
+        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout, config.sessions_per_client)
         self._scheduler = Scheduler(
             Verifier(model.runner, self.width),
             prefill_chunk=config.chunk_on(model.runner.device.type),
@@ -48,16 +49,23 @@ class Engine:
         self._scheduler.start()
 
     @classmethod
-    def load(cls, config: TargetConfig, status: ServiceStatus) -> Engine:
-        """Loads the configured model; blocks until it is warm. Raises ModelLoadError."""
-        if config.verify_width != "auto":
-            return cls(load_serving_model(config, [config.verify_width], status), config, status.fail)
-        # Narrower steps in fp32 may round otherwise as soon as two sessions share one.
-        widths = [width for width in CANDIDATES if width >= 4 or config.dtype != "fp32"]
-        model = load_serving_model(
-            config, widths, status, lambda runner: [_measured_width(runner, widths, config.expected_acceptance)]
-        )
-        return cls(model, config, status.fail)
+    def load(cls, config: TargetConfig, status: ServiceStatus, ranks: Ranks | None = None) -> Engine:
+        """Loads the configured model, alone or with the `ranks` that this process leads; blocks until it is warm.
+
+        Raises ModelLoadError.
+        """
+        widths, choose = _widths(config), None
+        if config.verify_width == "auto":
+
+            def choose(runner: ModelRunner) -> list[int]:
+                return [_measured_width(runner, widths, config.expected_acceptance)]
+
+        return cls(load_serving_model(config, widths, status, choose, ranks), config, status.fail)
+
+    @staticmethod
+    def follow(config: TargetConfig, ranks: Ranks) -> None:
+        """Computes along in a process that does not lead, until it is dismissed. Raises ModelLoadError."""
+        follow_serving_model(config, _widths(config), ranks)
 
     async def open(
         self,
@@ -66,12 +74,12 @@ class Engine:
         options: TurnOptions,
         *,
         committed_field: str,
-        patience: float | None,
+        caller: Caller | None = None,
     ) -> Session:
-        """A session on a slot of its own, prefilling; `patience` is the caller's time in seconds.
+        """A session on a slot of its own, prefilling.
 
-        Raises OverloadedError when no slot becomes free, and InvalidRequestError naming `committed_field` when the
-        committed tokens already end the turn.
+        Raises OverloadedError when there is no slot for the caller, and InvalidRequestError naming `committed_field`
+        when the committed tokens already end the turn.
         """
         session = Session(
             id=uuid4().hex,
@@ -86,8 +94,13 @@ class Engine:
         await asyncio.to_thread(session.commit, committed)
         if session.finish_reason:
             raise InvalidRequestError("the committed tokens already end the turn", field=committed_field)
-        session.slot = await self.pool.acquire(patience)
-        self._scheduler.prefill(session)
+        session.slot = await self.pool.acquire(caller)
+        # From here on nothing is awaited before the caller has the session, so no cancellation can lose its slot.
+        try:
+            self._scheduler.prefill(session)
+        except BaseException:
+            self.pool.release(session.slot)
+            raise
         return session
 
     def extend(self, session: Session, prompt: Prompt, options: TurnOptions) -> int:
@@ -127,6 +140,13 @@ class Engine:
     def stop(self) -> None:
         """Stops the engine thread; blocks for the length of a step."""
         self._scheduler.stop()
+
+
+def _widths(config: TargetConfig) -> list[int]:
+    if config.verify_width != "auto":
+        return [config.verify_width]
+    # Narrower steps in fp32 may round otherwise as soon as two sessions share one.
+    return [width for width in CANDIDATES if width >= 4 or config.dtype != "fp32"]
 
 
 def _measured_width(runner: ModelRunner, widths: Sequence[int], acceptance: float) -> int:

@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from specpair_runtime.models.options import AttentionName, DtypeName, LoadOptions, QuantizationName, SdpaBackendName
+from specpair_runtime.models.options import (
+    AttentionName,
+    DeviceMapName,
+    DtypeName,
+    LoadOptions,
+    QuantizationName,
+    SdpaBackendName,
+)
 from specpair_runtime.models.runner import CompileModeName, CompileOptions
 from specpair_runtime.serving import ServiceConfig
 
@@ -21,6 +28,9 @@ class ModelConfig(ServiceConfig):
     model: str = Field("", description="Directory or hub id of the model.")
     dtype: DtypeName = Field("bf16", description="Format of weights, activations and KV cache.")
     device: str = Field("auto", description="auto takes the first CUDA device, else the CPU; or cpu, cuda:1, ...")
+    device_map: DeviceMapName = Field(
+        "one", description="one: all layers on --device; auto: spread over the GPUs of this process by accelerate."
+    )
     quantization: QuantizationName = Field(
         "none", description="Format of the linear layers' weights; int8, nf4 and fp4 need bitsandbytes, ..wo torchao."
     )
@@ -36,6 +46,12 @@ class ModelConfig(ServiceConfig):
     )
     queue: int = Field(64, ge=0, le=100_000, description="Sessions that may wait for a slot.")
     queue_timeout: float = Field(30.0, ge=0, description="Seconds that a session waits for a slot at most.")
+    sessions_per_client: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Sessions that one client may have at a time, those that wait included; 0: no limit.",
+    )
     prefill_chunk: int = Field(256, ge=1, le=8192, description="Most prompt tokens in one forward pass.")
     lean: bool = Field(
         True, description="Prepare the weights for steps of few rows; off: the model's own layers as they are."
@@ -75,6 +91,7 @@ class ModelConfig(ServiceConfig):
             quantization_compute_dtype=self.quantization_compute_dtype,
             double_quantization=self.double_quantization,
             device=self.device,
+            device_map=self.device_map,
             attn_implementation=self.attn_implementation,
             sdpa_backend=self.sdpa_backend,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -18,10 +20,12 @@ from specpair_runtime.models.options import (
     quantization_config,
     resolve_device,
 )
+from specpair_runtime.models.parallel import check_splittable, distributed_config, rank_device
 from specpair_runtime.models.quantize import quantize_linears
+from specpair_runtime.models.ranks import Ranks
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
 
-__all__ = ["LoadOptions", "LoadedModel", "check_causal", "check_length", "load_config", "load_model"]
+__all__ = ["LoadOptions", "LoadedModel", "check_causal", "check_length", "check_split", "load_config", "load_model"]
 
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
@@ -46,6 +50,12 @@ class LoadedModel:
         return positions
 
     @property
+    def whole(self) -> bool:
+        """Whether all of it is on one device in one process."""
+        spread = set(getattr(self.model, "hf_device_map", {}).values())
+        return len(spread) <= 1 and not self.model.is_distributed_loading_by_transformers
+
+    @property
     def quantization(self) -> str:
         """As configured, or the method of a checkpoint that brings its own."""
         own = getattr(self.model.config, "quantization_config", None)
@@ -54,14 +64,14 @@ class LoadedModel:
         return _method(own)
 
 
-def load_model(options: LoadOptions) -> LoadedModel:
+def load_model(options: LoadOptions, ranks: Ranks | None = None) -> LoadedModel:
     """Loads weights (safetensors only, no remote code) and tokenizer.
 
-    A checkpoint that was quantized before it was saved is loaded as transformers does. Raises ModelLoadError whose
-    field is the option at fault.
+    A checkpoint that was quantized before it was saved is loaded as transformers does. `ranks`, which have come
+    together, load a part of the weights each. Raises ModelLoadError whose field is the option at fault.
     """
     transformers_logging.disable_progress_bar()
-    device = resolve_device(options.device)
+    device = resolve_device(options.device) if ranks is None else rank_device(options, ranks)
     check_available(options, device)
     register_attention()
     config = load_config(options.model)
@@ -78,7 +88,7 @@ def load_model(options: LoadOptions) -> LoadedModel:
             dtype=DTYPES[options.dtype],
             attn_implementation=registered_name(options.attn_implementation),
             quantization_config=quantization,
-            device_map={"": device},
+            **_placement(options, config, device, ranks),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -93,12 +103,21 @@ def load_model(options: LoadOptions) -> LoadedModel:
     if absent := sorted(report["missing_keys"]):
         # transformers fills them with random numbers.
         raise ModelLoadError(f"the checkpoint lacks {len(absent)} tensors, {absent[0]} for one", field="model")
+    _check_resident(model)
     parameters = model.num_parameters()
     if options.quantization != "none" and quantization is None:
         quantize_linears(model, options.quantization)
     model.eval()
     tokenizer = load_tokenizer(options.model)
     return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters)
+
+
+def check_split(options: LoadOptions, ranks: Ranks) -> None:
+    """Raises ModelLoadError for a model that these processes cannot share, before they come together."""
+    config = load_config(options.model)
+    check_causal(config)
+    check_splittable(config, options, ranks.size)
+    check_available(options, rank_device(options, ranks))
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -142,6 +161,24 @@ def check_length(config: PreTrainedConfig, max_length: int) -> None:
                     f"{config.model_type} has other rotary frequencies beyond {most} positions; at most {most}",
                     field="max_length",
                 )
+
+
+def _placement(
+    options: LoadOptions, config: PreTrainedConfig, device: torch.device, ranks: Ranks | None
+) -> dict[str, Any]:
+    """Where transformers is to put the weights."""
+    if ranks is not None:
+        return {"distributed_config": distributed_config(config, ranks.size)}
+    if options.device_map == "auto":
+        return {"device_map": "auto"}
+    return {"device_map": {"": device}}
+
+
+def _check_resident(model: PreTrainedModel) -> None:
+    """Refuses a model of which accelerate would fetch parts for every step, from memory or from disk."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ModelLoadError(f"it does not fit: parts would be on {', '.join(sorted(places))}", field="device_map")
 
 
 def _check_directory(model: str) -> None:

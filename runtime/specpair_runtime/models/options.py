@@ -15,6 +15,7 @@ from specpair_runtime.models.quantize import INT4_GROUP
 __all__ = [
     "DTYPES",
     "AttentionName",
+    "DeviceMapName",
     "DtypeName",
     "LoadOptions",
     "QuantizationName",
@@ -27,6 +28,7 @@ __all__ = [
 DtypeName = Literal["bf16", "fp16", "fp32"]
 QuantizationName = Literal["none", "int8", "nf4", "fp4", "int8wo", "int4wo", "int8dyn"]
 AttentionName = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+DeviceMapName = Literal["one", "auto"]
 SdpaBackendName = Literal["auto", "math", "flash", "efficient", "cudnn"]
 
 DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,6 +47,7 @@ class LoadOptions:
     quantization_compute_dtype: DtypeName | None = None
     double_quantization: bool = False
     device: str = "auto"
+    device_map: DeviceMapName = "one"
     attn_implementation: AttentionName = "sdpa"
     sdpa_backend: SdpaBackendName = "auto"
 
@@ -68,6 +71,8 @@ def resolve_device(name: str) -> torch.device:
 
 def check_available(options: LoadOptions, device: torch.device) -> None:
     """Raises ModelLoadError naming an option that this machine, or the other options, cannot go with."""
+    if options.device_map == "auto" and options.device != "auto":
+        raise ModelLoadError(f"{options.device!r} is one device; --device-map auto takes all", field="device")
     if options.attn_implementation == "flash_attention_2":
         _check_flash(options, device)
     if options.sdpa_backend != "auto" and options.attn_implementation != "sdpa":

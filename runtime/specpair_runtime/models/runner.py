@@ -30,6 +30,9 @@ __all__ = ["CompileModeName", "CompileOptions", "ModelRunner"]
 CompileModeName = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _SHORTEST_LENGTH = 256
+# Prompts are computed in multiples of so many rows: libraries keep what they prepare for each number of rows that they
+# meet, which came to hundreds of megabytes in fp32 on a CPU.
+_PREFILL_ROWS = 16
 _SDPA_BACKENDS: dict[SdpaBackendName, SDPBackend] = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -162,11 +165,13 @@ class ModelRunner:
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Writes the KV of `token_ids` at positions from `start` on, without logits; never compiled.
 
-        The slot is cleared before when `start` is 0.
+        The slot is cleared before when `start` is 0. Some positions behind the last one may be written too: nothing
+        attends to them before they are written again.
         """
         if start == 0:
             self._cache.clear(slot)
-        ids = torch.tensor([token_ids])
+        rows = min(-(-len(token_ids) // _PREFILL_ROWS) * _PREFILL_ROWS, self._cache.positions - start)
+        ids = torch.tensor([[*token_ids, *[0] * (rows - len(token_ids))]])
         positions = self._positions(ids, torch.tensor([start]))
         length = self.bucket(start, len(token_ids))
         with self._kernels():

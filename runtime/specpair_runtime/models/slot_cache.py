@@ -55,7 +55,9 @@ class SlotLayer(StaticLayer):
         """Writes [batch, kv_heads, rows, head_dim] at the step's positions; returns views of the slots, no copies."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first, end, positions = self.view.first_slot, self.view.first_slot + key_states.shape[0], self.view.positions
+        first, end = self.view.first_slot, self.view.first_slot + key_states.shape[0]
+        # Layers may be on several devices.
+        positions = self.view.positions.to(key_states.device)
         slots = torch.arange(first, end, device=positions.device)[:, None]
         # Not scatter_, which takes ten times as long for bf16 on a CPU.
         self.values[slots, :, positions] = value_states.transpose(1, 2)
