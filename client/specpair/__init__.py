@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from specpair.client import SpeculativeClient
 from specpair.corpus import Corpus
+from specpair.credentials import Credentials
 from specpair.errors import (
     CancelledError,
     DeadlineError,
@@ -50,6 +51,7 @@ __all__ = [
     "ChatMessage",
     "Chunk",
     "Corpus",
+    "Credentials",
     "DeadlineError",
     "DraftMismatchError",
     "Fingerprint",

@@ -16,6 +16,9 @@ from specpair.transports import VerifyStream
 
 __all__ = ["Chain"]
 
+# Plain steps in one message: one more for each so many that have gone before, up to the protocol's limit.
+_STEPS_EACH, _MOST_STEPS = 8, 8
+
 
 class Chain:
     """The blocks of one turn between proposer and target, `depth.blocks` of them ahead of the verdict.
@@ -34,7 +37,9 @@ class Chain:
         self._ask: Ask | None = None
         self._asking: asyncio.Task[Proposal] | None = None
         self._receiving: asyncio.Task[Started | Verdict] | None = None
-        self._plain = 0
+        # Plain steps still to be sent, and sent since something was proposed.
+        self._plain = self._stepped = 0
+        self._judged = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -56,7 +61,7 @@ class Chain:
 
     @property
     def steady(self) -> bool:
-        """Whether a plain step may go out before the next verdict, since nothing would be proposed for it."""
+        """Whether plain steps may go out before the next verdict, since nothing would be proposed for them."""
         return self._plain > 0 and self._loop.waiting <= self._depth.steps and self._loop.steady
 
     async def propose(self) -> tuple[Ask, Proposal] | None:
@@ -75,14 +80,17 @@ class Chain:
         proposal = await (self._asking or self._proposer.propose(self._ask))
         answered, self._ask, self._asking = (self._ask, proposal), None, None
         self._meter.answered(proposal)
-        self._plain = proposal.plain
+        self._plain, self._stepped = proposal.plain, 0
         return answered
 
     async def step(self) -> None:
-        """Sends a plain step to the target."""
-        self._plain -= 1
-        self._meter.asking(self._loop.applied + self._loop.waiting + 1)
-        await self.send(self._loop.step())
+        """Sends plain steps to the target: the more at a time, the longer nothing has ended them."""
+        loop = self._loop
+        self._meter.asking(loop.applied + loop.waiting + 1)
+        block = loop.steps(min(self._plain, 1 + self._stepped // _STEPS_EACH, _MOST_STEPS))
+        self._plain -= 1 + block.more_steps
+        self._stepped += 1 + block.more_steps
+        await self.send(block)
 
     async def send(self, block: Block) -> None:
         """Sends a block to the target."""
@@ -100,7 +108,10 @@ class Chain:
     def learn(self, sent: Sent, verdict: Verdict) -> None:
         """What the verdict on a block tells those who choose lengths."""
         round, trip = self._meter.verdict(sent, verdict)
-        if self._loop.applied > 1:  # a turn's first round includes the prefill of both sides
+        if self._plain and self._proposer.tempted(self._loop.token_ids, self._loop.limit):
+            self._plain = 0
+        self._judged += 1
+        if self._judged > 1:  # the first round on a stream includes the prefill, in a turn of both sides
             self._proposer.observe(round)
             self._depth.observe(round, trip, sent.proposal.draft_us if sent.proposal is not None else 0)
 

@@ -9,13 +9,16 @@ from typing import Self, TypedDict
 
 from specpair.compatibility import Pairing
 from specpair.corpus import Corpus
+from specpair.credentials import Credentials
 from specpair.drafting import Drafting, Kind
-from specpair.errors import DeadlineError, InvalidRequestError, SpecpairError, UnavailableError
+from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.grpc_transports import GrpcDraft, GrpcTarget
 from specpair.loop import Loop
 from specpair.messages import DraftStart, Explain, ModelInfo, Started
 from specpair.params import Prediction, Prompt, SamplingParams
+from specpair.replicas import Replicas
 from specpair.results import PositionExplanation, Result
+from specpair.resuming import Way
 from specpair.session import Session, follow
 from specpair.stream import TokenStream
 from specpair.transports import DraftTransport, TargetTransport
@@ -35,12 +38,17 @@ class ClientOptions(TypedDict, total=False):
     draft_length: int | None
     """Ids to ask the proposer for in each round. None, the default: as many as measured to be fastest."""
     draft_timeout: float
-    """Seconds that a draft service may take for one round, five times that for the first. Default 2."""
+    """Seconds that a draft service may take for one round. Default 2. A turn's first proposal may take five times that,
+    though nothing waits for it longer than for others: lookups propose meanwhile."""
     chain: int | None
     """Blocks to send ahead of a verdict, each on the assumption that all before it comes true. None, the default: as
     many as measured to be fastest, which is none where the network is quick. 0: none."""
     connect_timeout: float
-    """Seconds for the services to say what they run, when the client first uses them. Default 5."""
+    """Seconds for the services to say what they run, when the client first uses them; and for a target that was there
+    before to be back when something begins. Default 5."""
+    resume_timeout: float
+    """Seconds that the target may be away in a generation, without any new token, before that is an error; until then
+    the generation goes on by itself, with the same tokens. 0: losing the target is an error at once. Default 30."""
     lookup: bool | None
     """Whether lookups propose beside the draft service's model, wherever they have brought more tokens in the time.
     None, the default: yes, but not by themselves under the rejection rule or with a fixed draft length. False: the
@@ -48,8 +56,12 @@ class ClientOptions(TypedDict, total=False):
     corpus: Corpus | None
     """Earlier outputs and other texts to look up in, to which every finished output is added. None, the default: no
     generation leaves anything behind for another; see `Corpus` before sharing one between callers."""
-    target_transport: TargetTransport | None
-    """Used in place of gRPC to the target's address."""
+    credentials: Credentials | None
+    """TLS, mutual TLS and a token, for both services. None, the default: plain text, as on one machine."""
+    draft_credentials: Credentials | None
+    """For the draft service in their place; `Credentials()` is plain text without a token. None: the same for both."""
+    target_transport: TargetTransport | Sequence[TargetTransport] | None
+    """Used in place of gRPC to the target's address, or to each of them."""
     draft_transport: DraftTransport | None
     """Used in place of gRPC to the draft's address."""
 
@@ -66,8 +78,13 @@ class SpeculativeClient:
         "ngram"             prompt lookup in this process
         "none"              nobody: the target decodes token by token in a loop of its own
 
-    A draft service that is lost, late or talks nonsense is replaced by prompt lookup for the rest of the generation;
-    `Stats.proposer_changes` says when and why. A client belongs to the event loop that first uses it.
+    A draft service that is lost, late or talks nonsense is replaced by prompt lookup in all generations at once, and
+    used again, also in their middle, when it is back; `Stats.proposer_changes` says when and why. A client belongs to
+    the event loop that first uses it.
+
+    `target` is the address of a target service, or of several that run the same, with commas between: when one is lost
+    the next one takes over, and each generation goes on where it stands (`resume_timeout`). One that runs something
+    else is passed over; if no other one is left that is an UnavailableError with the reason TARGET_CHANGED.
     """
 
     def __init__(
@@ -79,9 +96,12 @@ class SpeculativeClient:
         draft_timeout: float = 2.0,
         chain: int | None = None,
         connect_timeout: float = 5.0,
+        resume_timeout: float = 30.0,
         lookup: bool | None = None,
         corpus: Corpus | None = None,
-        target_transport: TargetTransport | None = None,
+        credentials: Credentials | None = None,
+        draft_credentials: Credentials | None = None,
+        target_transport: TargetTransport | Sequence[TargetTransport] | None = None,
         draft_transport: DraftTransport | None = None,
     ) -> None:
         if draft_length is not None and draft_length < 0:
@@ -90,13 +110,21 @@ class SpeculativeClient:
             raise InvalidRequestError("must be above 0", field="draft_timeout")
         if chain is not None and chain < 0:
             raise InvalidRequestError("must not be negative", field="chain")
+        if resume_timeout < 0:
+            raise InvalidRequestError("must not be negative", field="resume_timeout")
         kind, address = _parse(draft)
         self._connect_timeout = connect_timeout
-        self._target = target_transport or GrpcTarget(target)
+        self._resume_timeout = resume_timeout
+        addresses = _addresses(target)
+        if target_transport is None:
+            target_transport = [GrpcTarget(address, credentials) for address in addresses]
+        elif not isinstance(target_transport, Sequence):
+            target_transport = [target_transport]
+        self._target = Replicas(list(zip(addresses, target_transport, strict=True)), within=connect_timeout)
         self._draft: DraftTransport | None = None
         pairing = None
         if kind in ("model", "auto"):
-            self._draft = draft_transport or GrpcDraft(address)
+            self._draft = draft_transport or GrpcDraft(address, draft_credentials or credentials)
             pairing = Pairing(self._target, self._draft, within=connect_timeout)
         self._drafting = Drafting(
             kind,
@@ -139,13 +167,13 @@ class SpeculativeClient:
         """Continues a prompt, chunk by chunk, with the provenance of every token."""
         turn = Turn(prompt, params or SamplingParams(), prediction)
         if self._drafting.kind == "none":
-            return TokenStream(turn, follow(self._target, turn, timeout), timeout)
-        session = Session(self._target, self._drafting.session(timeout), within=timeout)
+            return TokenStream(turn, follow(self._way(timeout), turn), timeout)
+        session = Session(self._way(timeout), self._drafting.session(timeout))
         return TokenStream(turn, session.only(turn), timeout)
 
     def session(self) -> Session:
         """Several turns on one KV cache: `async with client.session() as session`. See `Session`."""
-        return Session(self._target, self._drafting.session())
+        return Session(self._way(), self._drafting.session())
 
     async def explain(
         self,
@@ -190,6 +218,7 @@ class SpeculativeClient:
 
     async def aclose(self) -> None:
         """Closes the connections; generations that still run fail."""
+        await self._drafting.aclose()
         await self._target.close()
         if self._draft is not None:
             await self._draft.close()
@@ -219,10 +248,17 @@ class SpeculativeClient:
         return Explain(ids, params, block.token_ids, block.draft_probs)
 
     async def _target_info(self) -> ModelInfo:
-        try:
-            return await self._target.info(self._connect_timeout)
-        except DeadlineError:
-            raise UnavailableError(f"the target did not answer within {self._connect_timeout:g} s") from None
+        return await self._target.info(self._connect_timeout)
+
+    def _way(self, within: float | None = None) -> Way:
+        return Way(self._target, self._resume_timeout, within)
+
+
+def _addresses(target: str) -> list[str]:
+    addresses = [address.strip() for address in target.split(",")]
+    if not all(addresses):
+        raise InvalidRequestError("must be HOST:PORT, or several of them with commas between", field="target")
+    return addresses
 
 
 def _parse(draft: str) -> tuple[Kind, str]:

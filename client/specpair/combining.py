@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-from specpair.lookup import Lookup
+from specpair.lookup import Found, Lookup
 from specpair.loop import Ask
 from specpair.messages import Proposal
 from specpair.pacing import Round
@@ -13,58 +13,43 @@ from specpair.yields import Yields
 
 __all__ = ["Combined", "LookupDraft"]
 
-# Tokens of a step of the target with no proposal.
-_PLAIN = 1.0
-# Plain steps between two looks at most.
-_MOST_STEPS = 8
+# Plain steps behind a look that found nothing. They end as soon as a token makes another look worth while; where the
+# moment of a look must not depend on times, they cannot.
+_STEPS, _BLIND_STEPS = 64, 4
 
 
 class LookupDraft:
     """Proposes what it finds: as many ids as have paid so far for matches of its kind, which may be none.
 
-    `draft_length` is a fixed number of ids in place of that. `yields` goes on learning from turn to turn.
+    `draft_length` is a fixed number of ids in place of that. `yields` goes on learning from turn to turn. How far the
+    target has come when something turns up between two looks is a matter of time: `repeatable` lookups see it at the
+    next look only.
     """
 
     name = "ngram"
 
-    def __init__(self, lookup: Lookup, yields: Yields, draft_length: int | None = None) -> None:
+    def __init__(
+        self, lookup: Lookup, yields: Yields, draft_length: int | None = None, *, repeatable: bool = False
+    ) -> None:
         self._lookup = lookup
         self._draft_length = draft_length
+        self._repeatable = repeatable
         self._yields = yields
         # The kinds of the proposals whose verdicts are still to come, by round.
         self._kinds: dict[int, tuple[str, int]] = {}
-        self._in_vain = 0
-
-    @property
-    def patience(self) -> int:
-        """Plain steps to take before the next look: the more, the longer nothing was found that pays."""
-        return min(self._in_vain // 4, _MOST_STEPS)
 
     async def propose(self, ask: Ask) -> Proposal:
-        otherwise = _PLAIN if self._draft_length is None else 0.0
-        return self.offer(ask, otherwise) or nothing(ask, plain=self.patience)
+        return self.offer(ask, self._least) or nothing(ask, plain=_BLIND_STEPS if self._repeatable else _STEPS)
 
     def offer(self, ask: Ask, otherwise: float) -> Proposal | None:
         """A proposal, if it is expected to bring more than `otherwise` tokens in the time of a step."""
-        found = self._find(ask, otherwise)
-        self._in_vain = 0 if found is not None else self._in_vain + 1
-        return found
-
-    def _find(self, ask: Ask, otherwise: float) -> Proposal | None:
         guess = 1 if ask.ahead else 0
         most = ask.max_tokens if self._draft_length is None else min(self._draft_length, ask.max_tokens)
-        if not most:
+        if not most or (chosen := self._best(ask.token_ids, ask.committed, most, guess, otherwise)) is None:
             return None
-        best, best_goodput, asked = None, 0.0, 0
-        for found in self._lookup.find(ask.token_ids, ask.committed, most + guess):
-            k, goodput = self._yields.best_length(found.kind, min(most, len(found.token_ids)))
-            if goodput > best_goodput:
-                best, best_goodput, asked = found, goodput, k
-        if best is None or not self._yields.pays(best.kind, best_goodput, otherwise):
-            return None
-        if self._draft_length is not None:
-            asked = most
+        best, asked = chosen
         self._kinds[ask.round] = best.kind
+        self._yields.proposed(best.kind)
         return Proposal(
             round=ask.round,
             base_length=len(ask.token_ids),
@@ -73,9 +58,35 @@ class LookupDraft:
             asked=asked,
         )
 
+    def tempted(self, token_ids: Sequence[int], most: int) -> bool:
+        most = most if self._draft_length is None else min(self._draft_length, most)
+        if self._repeatable or not most:
+            return False
+        return self._best(token_ids, len(token_ids), most, 0, self._least) is not None
+
+    @property
+    def _least(self) -> float:
+        """Tokens that a round must bring to be worth more than plain steps."""
+        return self._yields.plain if self._draft_length is None else 0.0
+
+    def _best(
+        self, token_ids: Sequence[int], committed: int, most: int, guess: int, otherwise: float
+    ) -> tuple[Found, int] | None:
+        """The find that is expected to bring most, if it brings enough, and how many of its ids."""
+        best, best_goodput, asked = None, 0.0, 0
+        for found in self._lookup.find(token_ids, committed, most + guess):
+            k, goodput = self._yields.best_length(found.kind, min(most, len(found.token_ids)))
+            if goodput > best_goodput:
+                best, best_goodput, asked = found, goodput, k
+        if best is None or not self._yields.pays(best.kind, best_goodput, otherwise):
+            return None
+        return best, asked if self._draft_length is None else most
+
     def observe(self, round: Round) -> None:
         if (kind := self._kinds.get(round.round)) is not None:
             self._yields.looked_up(kind, round)
+        elif not round.asked:
+            self._yields.stepped(round)
         # Verdicts come in the order of the rounds: of earlier ones, none will.
         self._kinds = {asked: kind for asked, kind in self._kinds.items() if asked > round.round}
 
@@ -88,8 +99,7 @@ class Combined:
     """A draft service's model and lookups beside it. A lookup costs no time, a model's proposal does.
 
     So a lookup is proposed where matches of its kind have brought more tokens in the time than rounds with the model
-    have, and else the model is asked; a kind that has not is tried again now and then. `model` goes on with `lookups`
-    alone by itself when the draft service is lost, and has another name from then on.
+    have, and else the model is asked; a kind that has not is tried again now and then.
     """
 
     def __init__(self, model: Proposer, lookups: LookupDraft, yields: Yields) -> None:
@@ -102,12 +112,12 @@ class Combined:
         return self._model.name
 
     async def propose(self, ask: Ask) -> Proposal:
-        if self.name == self._lookups.name:
-            return await self._lookups.propose(ask)
         if (found := self._lookups.offer(ask, self._yields.model)) is not None:
             return found
-        answer = await self._model.propose(ask)
-        return replace(answer, plain=min(answer.plain, self._lookups.patience)) if answer.plain else answer
+        return await self._model.propose(ask)
+
+    def tempted(self, token_ids: Sequence[int], most: int) -> bool:
+        return self._lookups.tempted(token_ids, most)
 
     def observe(self, round: Round) -> None:
         if not self._lookups.made(round.round):

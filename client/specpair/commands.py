@@ -17,6 +17,7 @@ from specpair import demo as demonstration
 from specpair import memory
 from specpair.bench.command import bench
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET, SpeculativeClient
+from specpair.connecting import Connecting, connects
 from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.explaining import continuation_ids, parse_ids, texts_of
 from specpair.grpc_transports import GrpcTarget
@@ -46,7 +47,9 @@ app = typer.Typer(
     "request, 3 service unreachable or full, 4 out of time.",
 )
 
-_Target = Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the target service.")]
+_Target = Annotated[
+    str, typer.Option(metavar="HOST:PORT[,...]", help="Address of the target service, or of several that run the same.")
+]
 _Draft = Annotated[
     str,
     typer.Option(
@@ -105,6 +108,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
+@connects
 def generate(
     prompt: _Text = None,
     prompt_file: _File = None,
@@ -137,6 +141,8 @@ def generate(
     timeout: Annotated[float | None, typer.Option(help="Seconds to take at most.", show_default=False)] = None,
     as_json: _Json = False,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids in place of text.")] = False,
+    *,
+    connecting: Connecting,
 ) -> None:
     """Continue a text: streamed, on a terminal coloured by who proposed each token."""
     text = _prompt(prompt, prompt_file)
@@ -162,7 +168,14 @@ def generate(
 
     async def run() -> None:
         async with (
-            SpeculativeClient(target, draft, draft_length=draft_length, lookup=lookup) as client,
+            SpeculativeClient(
+                target,
+                draft,
+                draft_length=draft_length,
+                lookup=lookup,
+                credentials=connecting.target,
+                draft_credentials=connecting.draft,
+            ) as client,
             client.stream(text, params, prediction=prediction, timeout=timeout) as stream,
         ):
             printer = StreamPrinter(stdout, ids=ids)
@@ -180,6 +193,7 @@ def generate(
 
 
 @app.command()
+@connects
 def explain(
     prompt: _Text = None,
     prompt_file: _File = None,
@@ -208,6 +222,8 @@ def explain(
         int | None, typer.Option(help="With --draft: tokens to propose.", show_default="as many as a block holds")
     ] = None,
     as_json: _Json = False,
+    *,
+    connecting: Connecting,
 ) -> None:
     """Show why the target would accept or reject each token of a proposal behind a text."""
     text = _prompt(prompt, prompt_file)
@@ -228,7 +244,13 @@ def explain(
     )
 
     async def ask() -> tuple[tuple[PositionExplanation, ...], dict[int, str]]:
-        async with SpeculativeClient(target, draft or "none", draft_length=draft_length) as client:
+        async with SpeculativeClient(
+            target,
+            draft or "none",
+            draft_length=draft_length,
+            credentials=connecting.target,
+            draft_credentials=connecting.draft,
+        ) as client:
             ids = given if proposal is None else await continuation_ids(client, text, proposal)
             explained = await client.explain(text, ids, params)
             said = [one.target_token_id for one in explained]
@@ -264,11 +286,15 @@ def plan(
 
 
 @app.command()
-def info(target: _Target = DEFAULT_TARGET, draft: _Draft = DEFAULT_DRAFT, as_json: _Json = False) -> None:
+@connects
+def info(
+    target: _Target = DEFAULT_TARGET, draft: _Draft = DEFAULT_DRAFT, as_json: _Json = False, *, connecting: Connecting
+) -> None:
     """Show what both services run."""
 
     async def ask() -> tuple[ModelInfo, ModelInfo | None]:
-        async with SpeculativeClient(target, draft) as client:
+        credentials, theirs = connecting.target, connecting.draft
+        async with SpeculativeClient(target, draft, credentials=credentials, draft_credentials=theirs) as client:
             return await client.info()
 
     ours, theirs = asyncio.run(ask())
@@ -279,32 +305,38 @@ def info(target: _Target = DEFAULT_TARGET, draft: _Draft = DEFAULT_DRAFT, as_jso
 
 
 @app.command()
+@connects
 def health(
     target: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask this target service.")] = None,
     draft: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask this draft service.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+    as_json: _Json = False,
+    *,
+    connecting: Connecting,
 ) -> None:
     """Exit with 0 if the services serve, with 1 if one does not; without options both default addresses are asked."""
     asked = {"target": target, "draft": draft}
     if target is None and draft is None:
         asked = {"target": DEFAULT_TARGET, "draft": DEFAULT_DRAFT}
 
-    async def check(address: str) -> bool:
-        service = GrpcTarget(address)  # every service answers grpc.health.v1
+    async def check(name: str, address: str) -> bool:
+        credentials = connecting.target if name == "target" else connecting.draft
+        service = GrpcTarget(address, credentials)  # every service answers grpc.health.v1
         try:
             return await service.healthy(timeout)
-        except SpecpairError:
+        except SpecpairError as error:
+            print(f"{name} {address}: {error}", file=sys.stderr)
             return False
         finally:
             await service.close()
 
-    healthy = True
-    for name, address in asked.items():
-        if address is not None:
-            serving = asyncio.run(check(address))
-            print(f"{name} {address}: {'serving' if serving else 'not serving'}")
-            healthy = healthy and serving
-    raise typer.Exit(0 if healthy else 1)
+    serving = {name: asyncio.run(check(name, address)) for name, address in asked.items() if address is not None}
+    if as_json:
+        print(json.dumps({name: {"address": asked[name], "serving": serves} for name, serves in serving.items()}))
+    else:
+        for name, serves in serving.items():
+            print(f"{name} {asked[name]}: {'serving' if serves else 'not serving'}")
+    raise typer.Exit(0 if all(serving.values()) else 1)
 
 
 @app.command()
@@ -338,7 +370,7 @@ def demo(
     )
 
 
-app.command()(bench)
+app.command()(connects(bench))
 
 
 def _biases(given: list[str] | None) -> dict[int, float] | None:

@@ -24,33 +24,58 @@ class Agreement:
 
 
 class Pairing:
-    """One target and one draft, compared when they are first used together.
+    """One target and one draft, compared when they are first used together, and when the draft was lost and is back.
 
-    The answer is kept as long as both services were ready to give it; `forget` makes the next session ask again.
+    The answer is kept as long as both services were ready to give it.
     """
 
     def __init__(self, target: TargetTransport, draft: DraftTransport, *, within: float) -> None:
         self._target = target
         self.draft = draft
         self._within = within
+        self._known: ModelInfo | None = None
         self._kept: Agreement | None = None
+        self._fitted = False
+        self._asking: asyncio.Task[Agreement] | None = None
+
+    @property
+    def mismatch(self) -> DraftMismatchError | None:
+        """Why the draft can never be used with the target; None also for one in the place of another that could."""
+        return self._kept.mismatch if self._kept is not None and not self._fitted else None
 
     async def check(self) -> Agreement:
-        """Asks both services unless the answer is known. Raises what the target raises; a draft's failure is data."""
-        return self._kept or await self._ask()
+        """Asks both services unless the answer is known. Raises what the target raises; a draft's failure is data.
 
-    def forget(self) -> None:
-        self._kept = None
+        Whoever comes while they are asked waits for the same answer.
+        """
+        if self._kept is not None:
+            return self._kept
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask(None))
+            self._asking.add_done_callback(self._asked)
+        return await asyncio.shield(self._asking)
 
-    async def _ask(self) -> Agreement:
+    async def renew(self) -> Agreement:
+        """Asks the draft again, and the target if it has not said yet what it runs. Raises as `check`."""
+        return await self._ask(self._known)
+
+    def _asked(self, asking: asyncio.Task[Agreement]) -> None:
+        self._asking = None
+        if not asking.cancelled():
+            asking.exception()  # those who wait raise it; there may be none left
+
+    async def _ask(self, known: ModelInfo | None) -> Agreement:
         target, draft = await asyncio.gather(
-            self._target.info(self._within), self.draft.info(self._within), return_exceptions=True
+            self._target.info(self._within) if known is None else _at_once(known),
+            self.draft.info(self._within),
+            return_exceptions=True,
         )
         if isinstance(target, DeadlineError):
             # The time was this question's own, not the caller's.
             raise UnavailableError(f"the target did not answer within {self._within:g} s")
         if isinstance(target, BaseException):
             raise target
+        self._known = target if target.fingerprint is not None else None
         size = target.fingerprint.vocabulary_size if target.fingerprint else None
         if isinstance(draft, SpecpairError):
             return Agreement(size, refusal=f"draft unreachable: {draft.message}")
@@ -69,8 +94,13 @@ class Pairing:
                 compare(target.fingerprint, draft.fingerprint)
         except DraftMismatchError as found:
             mismatch = found
+        self._fitted = self._fitted or mismatch is None
         self._kept = Agreement(size, refusal=f"draft mismatch: {mismatch}" if mismatch else "", mismatch=mismatch)
         return self._kept
+
+
+async def _at_once(info: ModelInfo) -> ModelInfo:
+    return info
 
 
 def compare(target: Fingerprint, draft: Fingerprint) -> None:

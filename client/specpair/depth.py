@@ -20,6 +20,8 @@ from specpair.pacing import Mean, Round
 __all__ = ["Depth"]
 
 _DEEPEST = 8
+# Plain steps always come true, so more of them may be under way.
+_MOST_STEPS = 24
 # Seconds of everybody's work for a message that was sent in vain.
 _MESSAGE = 2e-4
 # By how much the time of a round must fall for blocks to be sent ahead, and to be sent ahead no more: what is measured
@@ -73,7 +75,7 @@ class Depth:
         if self._fixed is not None:
             return self._fixed
         ways = self._network.value / self._engine.value if self._engine.value else 1.0
-        return min(max(ceil(ways), 1), _DEEPEST)
+        return min(max(ceil(ways), 1), _MOST_STEPS)
 
     def seconds(self, blocks: int) -> float:
         """What a round takes with so many blocks ahead."""

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from specpair.breaker import State
 from specpair.combining import Combined, LookupDraft
 from specpair.compatibility import Pairing
 from specpair.corpus import Corpus
 from specpair.depth import Depth
 from specpair.experience import Experience
+from specpair.failover import Fallback, Link
 from specpair.lookup import Lookup
 from specpair.messages import DraftStart, ModelInfo
 from specpair.meter import Meter
 from specpair.pacing import FixedPacer
 from specpair.params import AcceptanceRule
 from specpair.prediction import PredictedOutput, predicted_ids
-from specpair.proposers import Fallback, ModelDraft, Nobody, Proposer
+from specpair.proposers import ModelDraft, Nobody, Proposer
+from specpair.recovery import Recovery
 from specpair.transports import TargetTransport
 from specpair.turn import Turn
 
@@ -61,7 +64,7 @@ class Drafting:
     ) -> None:
         self.kind = kind
         self.target = target
-        self.pairing = pairing
+        self.recovery = None if pairing is None else Recovery(pairing)
         self.length = length
         self.timeout = timeout
         self.lookup = lookup
@@ -92,25 +95,47 @@ class Drafting:
             self._vocabulary_size = found.vocabulary_size
         return self._vocabulary_size
 
-    def warn(self, refusal: str) -> None:
-        """Says why the draft service cannot be used: once, not with every turn."""
+    async def fitting(self, recovery: Recovery) -> int | None:
+        """The vocabulary's size, for a turn with a draft service; whether that is in use is up to its breaker.
+
+        When the client first uses the two, they are compared; a service that cannot be used then is as one that is
+        lost. Raises DraftMismatchError if it must be used and can never be, and what the target raises.
+        """
+        pairing, breaker = recovery.pairing, recovery.breaker
+        if breaker.state is State.CLOSED:
+            agreement = await pairing.check()
+            self._vocabulary_size = agreement.vocabulary_size
+            if agreement.refusal and (agreement.mismatch is None or self.kind != "model"):
+                breaker.lose(agreement.refusal)
+        recovery.want()
+        if pairing.mismatch is not None and self.kind == "model":
+            raise pairing.mismatch
+        return await self.vocabulary_size()
+
+    def note(self, refusal: str) -> None:
+        """Says why the draft service cannot be used by a session: once, not with every one."""
         if refusal != self._refusal:
-            _log.warning("%s; going on with n-gram", refusal)
+            _log.warning("%s; a session goes on with n-gram", refusal)
         self._refusal = refusal
+
+    async def aclose(self) -> None:
+        """Ends what goes on beside the sessions."""
+        if self.recovery is not None:
+            await self.recovery.aclose()
 
 
 class SessionDraft:
-    """The proposers of one session: at most one stream at the draft service, kept over the turns.
-
-    A draft service that was lost in one turn is tried again in the next one.
-    """
+    """The proposers of one session: at most one stream at the draft service, kept over the turns."""
 
     def __init__(self, told: Drafting, within: float | None = None, *, length: int | None = None) -> None:
         self._told = told
         self._within = within
         self._length = length
-        self._model: ModelDraft | None = None
         self._knows = told.experience.begin()
+        self._link: Link | None = None
+        if told.recovery is not None:
+            connect = partial(self._connect, told.recovery.pairing)
+            self._link = Link(told.recovery, connect, timeout=told.timeout, within=within, note=told.note)
 
     @property
     def depth(self) -> Depth:
@@ -129,19 +154,13 @@ class SessionDraft:
         meter.use("ngram")
         expected = None if turn.prediction is None else await predicted_ids(told.target, turn.prediction)
         lookups = partial(self._lookups, expected)
-        if (pairing := told.pairing) is None:
+        if told.recovery is None or self._link is None:
             strange = told.corpus is not None or expected is not None
             return Plan(lookups, await told.vocabulary_size() if strange else None)
-        agreement = await pairing.check()
-        if agreement.mismatch is not None and told.kind == "model":
-            raise agreement.mismatch
-        if agreement.refusal:
-            meter.change("ngram", agreement.refusal)
-            told.warn(agreement.refusal)
-            return Plan(lookups, agreement.vocabulary_size)
+        vocabulary_size = await told.fitting(told.recovery)
         meter.use("model")
-        pair = partial(self._pair, pairing, meter, lookups, told.combines(turn, self._length))
-        return Plan(pair, agreement.vocabulary_size)
+        pair = partial(self._pair, self._link, meter, lookups, told.combines(turn, self._length))
+        return Plan(pair, vocabulary_size)
 
     def keep(self, turn: Turn) -> None:
         """A turn has reached its end: others learn from it, and its output goes to the corpus, if there is one."""
@@ -151,39 +170,34 @@ class SessionDraft:
 
     async def finish(self) -> None:
         """The session has ended well: says so to the draft service."""
-        if self._model is not None:
-            await self._model.finish()
+        if self._link is not None:
+            await self._link.finish()
 
     def cancel(self) -> None:
         """Lets go of the draft service at once."""
-        if self._model is not None:
-            self._model.cancel()
+        if self._link is not None:
+            self._link.cancel()
 
     def _lookups(self, expected: tuple[int, ...] | None, start: DraftStart) -> LookupDraft:
         """Lookups in the session's own text, and in what was given beforehand."""
         prediction = None if expected is None else PredictedOutput(expected, len(start.token_ids))
-        return LookupDraft(Lookup(self._told.corpus, prediction), self._knows.yields, self._length)
+        # Under the rejection rule the output depends on which positions share a block.
+        by_rule = start.params.rule == AcceptanceRule.REJECTION
+        lookup = Lookup(self._told.corpus, prediction)
+        return LookupDraft(lookup, self._knows.yields, self._length, repeatable=by_rule)
 
     def _pair(
-        self,
-        pairing: Pairing,
-        meter: Meter,
-        lookups: Callable[[DraftStart], LookupDraft],
-        combined: bool,
-        start: DraftStart,
+        self, link: Link, meter: Meter, lookups: Callable[[DraftStart], LookupDraft], combined: bool, start: DraftStart
     ) -> Proposer:
         """The draft service with lookups behind it, and beside it if they are combined."""
-        told = self._told
+        looking, yields = lookups(start), self._knows.yields
 
-        def lost(reason: str) -> None:
-            self._model = None
-            pairing.forget()  # what comes back at its address may be another draft
-            meter.change("ngram", reason)
+        def modelled(draft: ModelDraft) -> Proposer:
+            return Combined(draft, looking, yields) if combined else draft
 
-        if self._model is None:
-            pacer = self._knows.pacer(start.params) if self._length is None else FixedPacer(self._length)
-            self._model = ModelDraft(pairing.draft, pacer, within=self._within)
-        self._model.begin(start)
-        looking = lookups(start)
-        model = Fallback(self._model, looking, timeout=told.timeout, on_loss=lost)
-        return Combined(model, looking, self._knows.yields) if combined else model
+        return Fallback(link, start, modelled, looking, on_change=meter.change)
+
+    def _connect(self, pairing: Pairing, start: DraftStart, on_answer: Callable[[], None]) -> ModelDraft:
+        """A session at the draft service, which is paced by all that is known, also from before it was lost."""
+        pacer = self._knows.pacer(start.params) if self._length is None else FixedPacer(self._length)
+        return ModelDraft(pairing.draft, pacer, within=self._within, on_answer=on_answer)

@@ -20,6 +20,10 @@ back into the same exception with `from_rpc_error`. Both read one table.
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Iterable
+from math import inf, isfinite
+from typing import cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -28,6 +32,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 __all__ = [
+    "PUSHBACK",
+    "REQUEST_ID",
+    "SESSION_EXPIRED",
     "CancelledError",
     "DeadlineError",
     "DraftMismatchError",
@@ -51,15 +58,25 @@ class SpecpairError(Exception):
 
     `field` is the path of the offending field from the request message or the configuration, "" when there is none.
     `reason` is a stable word in capitals for programs, "" when the class says it all. `retry_after` is after how many
-    seconds another try makes sense, None when that is not known.
+    seconds another try makes sense, None when that is not known, infinity when none does. `request_id` is the id under
+    which the service's log has the failed call, "" when the failure came from something on the way.
     """
 
-    def __init__(self, message: str, *, field: str = "", reason: str = "", retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        reason: str = "",
+        retry_after: float | None = None,
+        request_id: str = "",
+    ) -> None:
         super().__init__(f"{field}: {message}" if field else message)
         self.message = message
         self.field = field
         self.reason = reason
         self.retry_after = retry_after
+        self.request_id = request_id
 
 
 class InvalidRequestError(SpecpairError):
@@ -120,6 +137,11 @@ _STATUS: dict[type[SpecpairError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 _DOMAIN = "specpair"
+# Trailing metadata: under which id the service's log has a call, and when its client may try again.
+REQUEST_ID = "x-request-id"
+PUSHBACK = "grpc-retry-pushback-ms"
+# Reason of an UnavailableError: the service has ended a stream on which nothing was said for too long.
+SESSION_EXPIRED = "SESSION_EXPIRED"
 _ERROR: dict[grpc.StatusCode, type[SpecpairError]] = {status: error for error, status in _STATUS.items()}
 
 
@@ -136,7 +158,7 @@ def to_status(error: SpecpairError) -> status_pb2.Status:
         _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
     if error.reason:
         _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
-    if error.retry_after is not None:
+    if error.retry_after is not None and isfinite(error.retry_after):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
         _pack(status, retry)
@@ -144,12 +166,16 @@ def to_status(error: SpecpairError) -> status_pb2.Status:
 
 
 def from_rpc_error(failed: grpc.RpcError) -> SpecpairError:
-    """The exception that a failed call stands for; InternalError for a status outside the table."""
+    """The exception that a failed call stands for; InternalError with the status as its reason for one outside the
+    table."""
     # An RpcError that a call raised is the call itself, sync and aio alike; grpc's types do not say so.
     code: grpc.StatusCode = failed.code()
     message: str = failed.details() or code.name
-    field = reason = ""
-    retry_after: float | None = None
+    field = ""
+    reason = "" if code in _ERROR else code.name
+    metadata = cast("Iterable[tuple[str, str | bytes]]", failed.trailing_metadata() or ())
+    trailing = {key: value for key, value in metadata if isinstance(value, str)}
+    retry_after = _pushback(trailing.get(PUSHBACK))
     # Details that contradict the call's own status, or that are no message, say nothing: code and message stand.
     with contextlib.suppress(ValueError, DecodeError):
         status = rpc_status.from_call(failed)
@@ -161,9 +187,18 @@ def from_rpc_error(failed: grpc.RpcError) -> SpecpairError:
                 message = bad_request.field_violations[0].description
             elif detail.Unpack(info):
                 reason = info.reason
-            elif detail.Unpack(retry):
+            elif detail.Unpack(retry) and retry_after is None:
                 retry_after = retry.retry_delay.ToMilliseconds() / 1000
-    return _ERROR.get(code, InternalError)(message, field=field, reason=reason, retry_after=retry_after)
+    return _ERROR.get(code, InternalError)(
+        message, field=field, reason=reason, retry_after=retry_after, request_id=trailing.get(REQUEST_ID, "")
+    )
+
+
+def _pushback(milliseconds: str | None) -> float | None:
+    """Seconds until another try makes sense, as gRPC reads it: none does if the number is negative, or is none."""
+    if milliseconds is None:
+        return None
+    return int(milliseconds) / 1000 if re.fullmatch(r"\d{1,9}", milliseconds, re.ASCII) else inf
 
 
 def _pack(status: status_pb2.Status, detail: Message) -> None:

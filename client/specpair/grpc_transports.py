@@ -12,7 +12,9 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from specpair import wire
-from specpair.errors import ProtocolError, UnavailableError, from_rpc_error
+from specpair.credentials import Access, Credentials
+from specpair.errors import ProtocolError, SpecpairError, UnavailableError, from_rpc_error
+from specpair.handshake import explained
 from specpair.messages import (
     Block,
     Committed,
@@ -29,7 +31,7 @@ from specpair.messages import (
 )
 from specpair.params import Prompt
 from specpair.results import PositionExplanation
-from specpair.transports import ProposeStream, Receiver, VerifyStream
+from specpair.transports import CLOSED, STREAM_ENDED, ProposeStream, Receiver, VerifyStream
 from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 __all__ = ["GrpcDraft", "GrpcTarget"]
@@ -41,6 +43,9 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+    # A service that was restarted is met again soon: gRPC's own waits grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 # grpc.health.v1.HealthCheckResponse with status SERVING, field 1 = 1.
 _SERVING = b"\x08\x01"
@@ -56,14 +61,14 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as failed:
-        raise from_rpc_error(failed) from None
+        raise explained(from_rpc_error(failed)) from None
     except asyncio.CancelledError:
         # grpc raises it for a call that was cancelled here, too: then nobody has cancelled this task.
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
-        raise UnavailableError("the call was ended on this side") from None
+        raise UnavailableError("the call was ended on this side", reason=CLOSED) from None
     except aio.UsageError:
-        raise UnavailableError("the client is closed") from None
+        raise UnavailableError("the client is closed", reason=CLOSED) from None
 
 
 class _GrpcStream(Generic[Sent, Received]):
@@ -87,7 +92,7 @@ class _GrpcStream(Generic[Sent, Received]):
         with _translated():
             response = await self._read()
         if response is aio.EOF:
-            raise ProtocolError("the service ended the stream early")
+            raise ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
         if response is None:
             raise ProtocolError("the service sent bytes that are no message")
         return self._decode(response)
@@ -103,6 +108,9 @@ class _GrpcStream(Generic[Sent, Received]):
 
     def cancel(self) -> None:
         self._call.cancel()
+        if self._writing is not None:
+            # A call that has not got as far as its metadata never wakes who waits to write.
+            self._writing.cancel()
 
     async def _read(self) -> Any:  # noqa: ANN401 - what gRPC reads
         if self._reading is None:
@@ -118,10 +126,16 @@ class _GrpcStream(Generic[Sent, Received]):
                 await asyncio.shield(self._writing)
                 return
             except asyncio.InvalidStateError:
-                # The service has ended the call: its status says why.
                 pass
-        await self.receive()
-        raise ProtocolError("the service sent a message that nobody asked for")
+        raise await self._status()
+
+    async def _status(self) -> SpecpairError:
+        """Why the service has ended the call. What it said before is of no use to who wants to say more."""
+        call = self._call
+        if (code := await call.code()) is grpc.StatusCode.OK:
+            return ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
+        initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
+        return explained(from_rpc_error(aio.AioRpcError(code, initial, trailing, await call.details())))
 
     async def _write_behind(self, last: asyncio.Future[None] | None, request: Message) -> None:
         assert isinstance(self._call, aio.StreamStreamCall)
@@ -138,7 +152,7 @@ class _GrpcStream(Generic[Sent, Received]):
         try:
             await stream._write(first)
         except BaseException:
-            call.cancel()
+            stream.cancel()
             raise
         return stream
 
@@ -157,18 +171,24 @@ def _nothing(message: object) -> NoReturn:
 class _GrpcService:
     """A lazily opened channel: it belongs to the event loop that first uses it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
+        self._access = Access(address, credentials)
         self._opened: aio.Channel | None = None
         self._closed = False
 
     @property
     def _channel(self) -> aio.Channel:
         if self._closed:
-            raise UnavailableError("the client is closed")
+            raise UnavailableError("the client is closed", reason=CLOSED)
         if self._opened is None:
-            self._opened = aio.insecure_channel(self.address, options=_OPTIONS)
+            self._opened = self._access.channel(_OPTIONS)
         return self._opened
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """What the service wants to know of the caller; health asks for nothing."""
+        return self._access.metadata()
 
     async def healthy(self, within: float | None = None) -> bool:
         # One fixed request and answer do not warrant a dependency on the health package.
@@ -194,34 +214,38 @@ class GrpcTarget(_GrpcService):
     async def info(self, within: float | None = None) -> ModelInfo:
         with _translated():
             request = target_pb2.TargetServiceGetModelInfoRequest()
-            return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
+            response = await self._stub.GetModelInfo(request, timeout=within, metadata=self._metadata)
+            return wire.model_info(response.info)
 
     async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
         first = wire.verify_request(start)
-        call = self._stub.Verify(timeout=within)
+        call = self._stub.Verify(timeout=within, metadata=self._metadata)
         stream = _GrpcStream[Block | Extend, Started | Verdict]
         return await stream.open(call, first, wire.verify_response, wire.verify_request)
 
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
-        call = self._stub.Generate(wire.generate_request(start), timeout=within)
+        call = self._stub.Generate(wire.generate_request(start), timeout=within, metadata=self._metadata)
         return _GrpcStream[NoReturn, Started | Committed](call, wire.generate_response, _nothing)
 
     async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:
         request = wire.explain_request(question)
         with _translated():
-            return wire.explain_response(await self._stub.ExplainVerify(request, timeout=within))
+            response = await self._stub.ExplainVerify(request, timeout=within, metadata=self._metadata)
+            return wire.explain_response(response)
 
-    async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]:
-        request = wire.tokenize_request(prompt)
+    async def tokenize(
+        self, prompt: Prompt, within: float | None = None, *, continuation: bool = False
+    ) -> tuple[int, ...]:
+        request = wire.tokenize_request(prompt, continuation)
         with _translated():
-            return tuple((await self._stub.Tokenize(request, timeout=within)).token_ids)
+            return tuple((await self._stub.Tokenize(request, timeout=within, metadata=self._metadata)).token_ids)
 
     async def detokenize(
         self, token_ids: tuple[int, ...], keep_special_tokens: bool, within: float | None = None
     ) -> str:
         request = wire.detokenize_request(token_ids, keep_special_tokens)
         with _translated():
-            return (await self._stub.Detokenize(request, timeout=within)).text
+            return (await self._stub.Detokenize(request, timeout=within, metadata=self._metadata)).text
 
 
 class GrpcDraft(_GrpcService):
@@ -234,10 +258,11 @@ class GrpcDraft(_GrpcService):
     async def info(self, within: float | None = None) -> ModelInfo:
         with _translated():
             request = draft_pb2.DraftServiceGetModelInfoRequest()
-            return wire.model_info((await self._stub.GetModelInfo(request, timeout=within)).info)
+            response = await self._stub.GetModelInfo(request, timeout=within, metadata=self._metadata)
+            return wire.model_info(response.info)
 
     async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
         first = wire.propose_request(start)
-        call = self._stub.Propose(timeout=within)
+        call = self._stub.Propose(timeout=within, metadata=self._metadata)
         stream = _GrpcStream[DraftAsk | DraftStart, DraftStarted | Proposal]
         return await stream.open(call, first, wire.propose_response, wire.propose_request)

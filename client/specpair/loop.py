@@ -17,14 +17,15 @@ assumed: the draft draws from noise of its own there, and its guess of the targe
 A plain step needs no assumption: it brings one token, whatever that is. So while nothing is going to be proposed
 further steps may go out behind it, at lengths that are known before the tokens are.
 
-A session's next turn is a `Loop` of its own, which takes over the log as far as the target says that it stays.
+A session's next turn is a `Loop` of its own, which takes over the log as far as the target says that it stays. A turn
+whose stream broke off resumes on another one, behind the committed tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 
 from specpair.errors import ProtocolError
@@ -179,6 +180,24 @@ class Loop:
             ahead = 0
         return Ask(self.round, self._assumed, limit if most is None else min(most, limit), len(self.token_ids), ahead)
 
+    def stands_at(self, started: Started) -> bool:
+        """Whether a target that was told all committed tokens stands where the log does."""
+        prompt = tuple(self.token_ids[: self.prompt_length])
+        return (started.cached_tokens, started.length, started.prompt_token_ids) == (0, len(self.token_ids), prompt)
+
+    def resume(self, started: Started) -> None:
+        """Goes on behind the committed tokens on another stream, at which nothing is under way.
+
+        Raises ProtocolError if that does not stand where the log does.
+        """
+        if not self.stands_at(started):
+            raise ProtocolError(f"the turn goes on at length {started.length}; here it is {len(self.token_ids)}")
+        self._max_block_tokens = started.max_block_tokens
+        self._max_length = started.max_length
+        self._drop()
+        self._doomed.clear()  # their verdicts will not come any more
+        self._stale_rounds = 0
+
     def stands(self, ask: Ask) -> bool:
         """Whether an ask still continues what there is to continue."""
         return ask.token_ids is self._assumed
@@ -206,12 +225,17 @@ class Loop:
             self._assumed += (*token_ids, guess)
         return block
 
-    def step(self) -> Block:
-        """A plain step behind one that is under way."""
-        self.round += 1
-        block = Block(self.round, self._sent[-1].block.base_length + 1, None, (), Source.TARGET)
-        self._sent.append(Sent(block, None))
-        return block
+    def steps(self, most: int) -> Block:
+        """One to `most` plain steps behind one that is under way, in one block, as long as the turn may last."""
+        length = self._sent[-1].block.base_length + 1
+        if self._max_length:
+            most = min(most, self._max_length - length)
+        if self._max_new_tokens is not None:
+            most = min(most, self.prompt_length + self._max_new_tokens - length)
+        blocks = [Block(self.round + 1 + i, length + i, None, (), Source.TARGET) for i in range(max(most, 1))]
+        self.round += len(blocks)
+        self._sent.extend(Sent(block, None) for block in blocks)
+        return replace(blocks[0], more_steps=len(blocks) - 1)
 
     def commit(self, verdict: Verdict) -> Chunk:
         """What the verdict adds to the output: nothing if it is stale.
@@ -246,6 +270,8 @@ class Loop:
         """Adds tokens to the log: the first with the given sources, the others as the target's own."""
         if self.finish_reason is not None:
             raise ProtocolError("the target went on after the end")
+        if committed.base_length not in (None, len(self.token_ids)):
+            raise ProtocolError(f"the target is at {committed.base_length} tokens, not at {len(self.token_ids)}")
         texts = _split(committed)
         if committed.logprobs and len(committed.logprobs) != len(texts):
             raise ProtocolError("the target sent log probabilities for another number of tokens")

@@ -128,6 +128,8 @@ class Block:
     token_ids: tuple[int, ...]
     source: Source
     draft_probs: tuple[SparseDistribution, ...] = ()
+    more_steps: int = 0
+    """Plain steps behind this one, each a round of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ class Committed:
     logprobs: tuple[Logprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_string: str = ""
+    base_length: int | None = None
+    """Tokens of the session before these; None where the message around them says so, or nobody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +172,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class DraftStart:
-    """Opens a session at the draft, or its next turn: `token_ids` are the whole session, all of it prompt."""
+    """Opens a session at the draft, or its next turn: `token_ids` are the whole session."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams
     proposer: Source | None = None
     session_id: str = ""
+    prompt_length: int | None = None
+    """How many of the ids are the turn's prompt; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ class Meter:
         self.round = 1
         """Of the turn, counted from 1, as far as no block is dropped."""
         self.cached_tokens = 0
+        self.resumes = 0
+        """How often the target was lost and the turn went on."""
         self._begin = clock()
         self._first: float | None = None
         self._last = self._asked = self._resumed = self._begin
@@ -49,6 +51,7 @@ class Meter:
         self._proposing = self._drafting = self._verifying = self._judging = self._queued = self._wire = 0.0
         self._lengths: Counter[int] = Counter()
         self._sources: Counter[Source] = Counter()
+        self._proposed: Counter[Source] = Counter()
         self._reached: Counter[int] = Counter()
         self._accepted: Counter[int] = Counter()
         self._proposer = "none"
@@ -78,7 +81,8 @@ class Meter:
 
     def sending(self, block: Block, *, alone: bool) -> None:
         """A block is about to be sent, behind others or while no other one is under way."""
-        self._times[block.round] = _Times(self._asked, self.now(), alone)
+        for behind in range(1 + block.more_steps):
+            self._times[block.round + behind] = _Times(self._asked, self.now(), alone)
 
     def verdict(self, sent: Sent, verdict: Verdict) -> tuple[Round, Trip | None]:
         """The verdict on a block has just come: what the round amounts to, and what its ways took."""
@@ -123,6 +127,8 @@ class Meter:
         length = len(sent.block.token_ids)
         self._lengths[length] += 1
         self._sources[sent.block.source] += 1
+        if length:
+            self._proposed[sent.block.source] += length
         self._reached.update(range(min(verdict.accepted + 1, length)))
         self._accepted.update(range(verdict.accepted))
 
@@ -137,6 +143,7 @@ class Meter:
             rounds=loop.applied,
             rounds_by_source=dict(self._sources),
             proposed=loop.proposed,
+            proposed_by_source=dict(self._proposed),
             accepted=loop.accepted,
             accepted_by_source=dict(sources),
             draft_lengths=dict(sorted(self._lengths.items())),
@@ -155,6 +162,7 @@ class Meter:
             judging_seconds=self._judging,
             queued_seconds=self._queued,
             wire_seconds=self._wire,
+            resumes=self.resumes,
             proposer=self._proposer,
             proposer_changes=tuple(self._changes),
         )

@@ -23,7 +23,7 @@ __all__ = ["FixedPacer", "GoodputPacer", "Mean", "Pacer", "Round"]
 # Below this a draft's confidence is noise, and to ask for it is not worth its while.
 _LEAST_CONFIDENCE = 0.02
 # Plain rounds that are settled at once.
-_MOST_IDLE = 32
+_MOST_IDLE = 256
 # A duration counts as at most so many times what was expected: a pause of the machine says nothing of the next round,
 # while what has become slower for good is believed after a few.
 _SURPRISE = 3.0
@@ -158,6 +158,9 @@ class GoodputPacer:
         if not self._draft_cost.known or not self._verify_seconds.known:
             return min(self._start, limit)
         best, gain = self._best(limit)
+        if gain <= 0.0 and self._speculated < _SURE:
+            # A few rejections say little: as long as the acceptance may well be one that pays, it is worth more to know.
+            best, gain = self._best(limit, doubt=1.0)
         if gain <= 0.0:
             if self._trial > 0:
                 return best
@@ -217,20 +220,22 @@ class GoodputPacer:
                 self._pooled_reached += 1.0
                 self._pooled_accepted += accepted
 
-    def _best(self, limit: int) -> tuple[int, float]:
+    def _best(self, limit: int, *, doubt: float = 0.0) -> tuple[int, float]:
         """The k >= 1 with the most expected tokens per second, and what a round of it gains over plain decoding.
 
-        The gain is in tokens: those of the round less those that plain decoding would have made in its time.
+        The gain is in tokens: those of the round less those that plain decoding would have made in its time. Acceptance
+        is taken to be higher than observed by `doubt` standard deviations of what was observed.
         """
         verify = max(self._verify_seconds.value, 1e-9)
         # Before plain steps were tried they may be as quick as the target is.
         plain = self._plain_seconds.value or self._forward_seconds.value or verify
         pooled = self._pooled
+        better = doubt * (pooled * (1.0 - pooled) / self._pooled_reached) ** 0.5
         expected, survival, drafted = 1.0, 1.0, 0.0
         best, best_goodput, gain = 0, 0.0, 0.0
         for i in range(limit):
             position = self._positions[i] if i < len(self._positions) else _Position()
-            survival *= (position.accepted + _WEIGHT * pooled) / (position.reached + _WEIGHT)
+            survival *= min((position.accepted + _WEIGHT * pooled) / (position.reached + _WEIGHT) + better, 1.0)
             expected += survival
             drafted += (position.drafted + _WEIGHT) / (position.asked + _WEIGHT)
             steps = (self._draft_cost.at(drafted) + verify) / plain

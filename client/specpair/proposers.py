@@ -1,23 +1,19 @@
-"""Who makes proposals: a draft service, and another proposer behind it. Lookups are in `combining`."""
+"""Who makes proposals: a draft service. Lookups are in `combining`, what becomes of a lost service in `failover`."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from specpair.errors import ProtocolError, SpecpairError
+from specpair.errors import ProtocolError
 from specpair.loop import Ask
 from specpair.messages import DraftAsk, DraftStart, DraftStarted, Proposal
 from specpair.pacing import FixedPacer, Pacer, Round
 from specpair.results import Source
 from specpair.transports import DraftTransport, ProposeStream
 
-__all__ = ["Fallback", "ModelDraft", "Nobody", "Proposer", "nothing"]
-
-_log = logging.getLogger("specpair")
+__all__ = ["ModelDraft", "Nobody", "Proposer", "nothing"]
 
 # Ids that a draft service proposes at once, and proposals that it sends for one ask.
 _MOST_TOKENS = 64
@@ -43,6 +39,10 @@ class Proposer(Protocol):
         """Learns what became of a block. Not told of a turn's first, nor of those that were dropped unjudged."""
         ...
 
+    def tempted(self, token_ids: Sequence[int], most: int) -> bool:
+        """Whether plain steps should end, since it has up to `most` ids to propose behind these committed tokens."""
+        ...
+
 
 def nothing(ask: Ask, *, plain: int = 0) -> Proposal:
     """The proposal for a plain decoding step, with so many more of them to follow."""
@@ -63,6 +63,9 @@ class Nobody:
     def observe(self, round: Round) -> None:
         pass
 
+    def tempted(self, token_ids: Sequence[int], most: int) -> bool:
+        return False
+
 
 class ModelDraft:
     """A session at a draft service. Every turn starts with `begin`; the service hears of it with the turn's first ask.
@@ -73,15 +76,23 @@ class ModelDraft:
     what is still on its way then belongs to an earlier round, and is passed over.
 
     `propose` raises an exception of `specpair.errors` when the service fails or breaks the protocol; the session cannot
-    be used afterwards.
+    be used afterwards. `on_answer` is called with every message from the service that is of use.
     """
 
     name = "model"
 
-    def __init__(self, transport: DraftTransport, pacer: Pacer, *, within: float | None = None) -> None:
+    def __init__(
+        self,
+        transport: DraftTransport,
+        pacer: Pacer,
+        *,
+        within: float | None = None,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> None:
         self._pacer = pacer
         self._transport = transport
         self._within = within
+        self._on_answer = on_answer
         self._stream: ProposeStream | None = None
         self._start: DraftStart | None = None
         self._starting = 0
@@ -104,6 +115,9 @@ class ModelDraft:
     def observe(self, round: Round) -> None:
         self._pacer.observe(round)
 
+    def tempted(self, token_ids: Sequence[int], most: int) -> bool:
+        return False
+
     async def propose(self, ask: Ask) -> Proposal:
         if (asked := self._pacer.draft_length(ask.max_tokens)) == 0:
             return nothing(ask, plain=self._pacer.idle() if ask.max_tokens else 0)
@@ -118,6 +132,13 @@ class ModelDraft:
         if self._due == 0 and ask.ahead and answer.token_ids:
             await self._ask(len(self._told), self._said, asked, ask.ahead)
         return replace(answer, round=ask.round, asked=meant)
+
+    async def warm(self) -> None:
+        """Begins the turn and waits for one id behind its start: the prefill is over. Raises as `propose`."""
+        if self._start is not None:
+            await self._begin(self._start)
+        await self._ask(len(self._told), (), 1, 0)
+        await self._receive()
 
     async def finish(self) -> None:
         """The session has ended well: says so to the service."""
@@ -168,6 +189,7 @@ class ModelDraft:
         expected = (self._round, self._index, len(self._told) + len(self._said))
         if (answer.round, answer.index, answer.base_length) != expected:
             raise ProtocolError(f"the draft answered round {answer.round} when asked for round {self._round}")
+        self._on_answer()
         self._said += answer.token_ids
         self._index += 1
         self._due -= 1
@@ -180,49 +202,3 @@ class ModelDraft:
         while agreed < min(len(told), len(token_ids)) and told[agreed] == token_ids[agreed]:
             agreed += 1
         return agreed
-
-
-class Fallback:
-    """A draft service as long as it answers in time, prompt lookup from the round on in which it does not.
-
-    `timeout` is what a draft may take for one round, in seconds. A turn's first round, which includes connecting and
-    the prefill, may take five times as long. `on_loss` is called with the reason of the change.
-    """
-
-    def __init__(self, draft: ModelDraft, ngram: Proposer, *, timeout: float, on_loss: Callable[[str], None]) -> None:
-        self._draft: ModelDraft | None = draft
-        self._ngram = ngram
-        self._timeout = timeout
-        self._on_loss = on_loss
-        self._since = 0
-
-    @property
-    def _current(self) -> Proposer:
-        return self._draft or self._ngram
-
-    @property
-    def name(self) -> str:
-        return self._current.name
-
-    async def propose(self, ask: Ask) -> Proposal:
-        if (draft := self._draft) is not None:
-            timeout = self._timeout * (5 if draft.fresh else 1)
-            try:
-                async with asyncio.timeout(timeout):
-                    return await draft.propose(ask)
-            except TimeoutError:
-                self._lose(draft, ask, f"draft lost: no proposal within {timeout:g} s")
-            except SpecpairError as lost:
-                self._lose(draft, ask, f"draft lost: {lost}")
-        return await self._ngram.propose(ask)
-
-    def observe(self, round: Round) -> None:
-        if round.round >= self._since:  # else the draft proposed it that has been lost since then
-            self._current.observe(round)
-
-    def _lose(self, draft: ModelDraft, ask: Ask, reason: str) -> None:
-        _log.warning("%s; going on with n-gram from round %d", reason, ask.round)
-        draft.cancel()
-        self._draft = None
-        self._since = ask.round
-        self._on_loss(reason)

@@ -85,6 +85,8 @@ def summary(stats: Stats) -> str:
             f"; {stats.rounds} rounds of {stats.tokens_per_round:.2f} tokens, "
             f"{stats.accepted} of {stats.proposed} proposals accepted ({stats.acceptance_rate:.0%})"
         )
+    if stats.resumes:
+        line += f"; target lost and resumed: {stats.resumes}"
     for change in stats.proposer_changes:
         line += f"; {change.proposer} from round {change.round}: {change.reason}"
     return line
@@ -107,6 +109,7 @@ def result_object(result: Result) -> dict[str, object]:
             "accepted": stats.accepted,
             "accepted_by_source": {str(source): count for source, count in stats.accepted_by_source.items()},
             "stale": stats.stale,
+            "resumes": stats.resumes,
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_round": stats.tokens_per_round,
             "output_tokens": stats.output_tokens,

@@ -74,7 +74,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ProposerChange:
-    """A generation that goes on with another proposer, for example n-gram after its draft service was lost."""
+    """A generation that goes on with another proposer: n-gram after its draft service was lost, or the model again."""
 
     round: int
     """The first round of the new proposer, counted from 1."""
@@ -91,6 +91,7 @@ class Stats:
     rounds_by_source: Mapping[Source, int] = field(default_factory=dict)
     """The same by who proposed; TARGET for plain steps."""
     proposed: int = 0
+    proposed_by_source: Mapping[Source, int] = field(default_factory=dict)
     accepted: int = 0
     accepted_by_source: Mapping[Source, int] = field(default_factory=dict)
     draft_lengths: Mapping[int, int] = field(default_factory=dict)
@@ -102,7 +103,9 @@ class Stats:
     stale: int = 0
     """Blocks that the target dropped although they should have continued its state."""
     dropped: int = 0
-    """Blocks sent ahead of a verdict that turned out otherwise than was assumed."""
+    """Blocks sent ahead of a verdict that turned out otherwise than was assumed, and those lost with a target."""
+    resumes: int = 0
+    """How often the target was lost and the turn went on where it stood, at the same or another one."""
     prompt_tokens: int = 0
     """In a session's later turns everything before the turn's output."""
     cached_tokens: int = 0
@@ -126,6 +129,16 @@ class Stats:
     proposer: str = "none"
     """Who proposed at the end: "model", "ngram" or "none"."""
     proposer_changes: tuple[ProposerChange, ...] = ()
+
+    @property
+    def draft_losses(self) -> int:
+        """How often the generation went on without its draft service, a beginning without it included."""
+        return sum(change.proposer != "model" for change in self.proposer_changes)
+
+    @property
+    def draft_returns(self) -> int:
+        """How often the draft service came back in the middle of the generation."""
+        return sum(change.proposer == "model" for change in self.proposer_changes)
 
     @property
     def acceptance_rate(self) -> float:

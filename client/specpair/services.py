@@ -39,7 +39,7 @@ class Service:
             stdout=log,
             stderr=subprocess.STDOUT,
             # Waiting OpenMP threads must not spin for long: the two services share the cores.
-            env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", **os.environ},
+            env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", **_environment(name)},
         )
 
     async def wait(self, progress: Callable[[str], None]) -> None:
@@ -86,6 +86,12 @@ class Service:
             log.seek(max(log.seek(0, os.SEEK_END) - 4096, 0))
             lines = log.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
+
+
+def _environment(name: str) -> dict[str, str]:
+    """This process's environment without the security of services that others use: here nobody else connects."""
+    secured = tuple(f"SPECPAIR_{name.upper()}_{setting}" for setting in ("TLS_", "AUTH_"))
+    return {key: value for key, value in os.environ.items() if not key.startswith(secured)}
 
 
 @contextlib.contextmanager

@@ -9,14 +9,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from specpair.chaining import Chain
+from specpair.connection import Connection, SessionConnection
 from specpair.drafting import SessionDraft
 from specpair.errors import ProtocolError, SpecpairError, UnavailableError
 from specpair.loop import Loop
-from specpair.messages import DraftStart, Extend, Start, Started
+from specpair.losses import SESSION_ENDED
+from specpair.messages import DraftStart, Started
 from specpair.params import Prediction, Prompt, SamplingParams
+from specpair.proposers import Proposer
 from specpair.results import Chunk, Result
+from specpair.resuming import Way
 from specpair.stream import TokenStream
-from specpair.transports import Receiver, TargetTransport, VerifyStream
+from specpair.transports import Receiver
 from specpair.turn import Turn
 
 __all__ = ["Session", "follow"]
@@ -41,19 +45,16 @@ class Session:
 
     One turn at a time: a turn that begins before the last one has reached its end raises RuntimeError. A turn that
     fails, is cancelled or is left before its end takes the session with it; UnavailableError tells those who go on.
+
+    A target that is lost, in a turn or between two, takes nothing with it: the session is opened again from its own
+    log, where the target is back or at another one, and `Stats.resumes` counts it. A first turn goes on bit by bit as
+    it would have. In a later one everything before its output is then computed as a prompt, which is the same up to
+    rounding, as above: in fp32 the tokens were equal in all tests, in bf16 a close choice may fall otherwise.
     """
 
-    def __init__(
-        self,
-        target: TargetTransport,
-        draft: SessionDraft,
-        *,
-        within: float | None = None,
-    ) -> None:
-        self._target = target
+    def __init__(self, way: Way, draft: SessionDraft) -> None:
+        self._connection = SessionConnection(way)
         self._draft = draft
-        self._within = within
-        self._stream: VerifyStream | None = None
         self._last: Loop | None = None
         self._turn: Turn | None = None
         self._ended = ""
@@ -94,8 +95,8 @@ class Session:
         polite = not self._ended and not self._under_way
         self._ended = self._ended or "it was closed"
         try:
-            if polite and self._stream is not None:
-                await _farewell(self._stream, self._draft)
+            if polite and self._turn is not None:
+                await _farewell(self._connection.stream, self._draft)
         finally:
             self._cancel()
 
@@ -119,38 +120,39 @@ class Session:
         """A turn of speculative decoding; who proposes is settled first, so that a failure there costs no slot.
 
         Yields one chunk per round that committed something. Raises what the transport raises, and ProtocolError if the
-        target contradicts itself.
+        target contradicts itself. Where the target is lost the turn goes on with another stream.
         """
+        last = self._turn
         with self._whole(turn):
             plan = await self._draft.plan(turn)
-            stream, started = await self._begin(turn)
+            started = await self._connection.begin(turn, last)
             loop = self._last = turn.begin(started, vocabulary_size=plan.vocabulary_size, last=self._last)
             proposer = plan.proposer(DraftStart(tuple(loop.token_ids), turn.params, session_id=started.session_id))
-            async with Chain(stream, loop, proposer, turn.meter, self._draft.depth) as chain:
-                while loop.finish_reason is None:
-                    while chain.room:
-                        if (answered := await chain.propose()) is not None:
-                            await chain.send(loop.verify(*answered))
-                    while chain.steady:
-                        await chain.step()
-                    verdict, sent = await chain.verdict(), loop.under_way
-                    chunk = loop.commit(verdict)
-                    if sent is not None and not verdict.stale:
-                        chain.learn(sent, verdict)
-                        yield chunk
-                        turn.meter.resumed()
+            while loop.finish_reason is None:
+                try:
+                    async with contextlib.aclosing(self._rounds(turn, loop, proposer)) as chunks:
+                        async for chunk in chunks:
+                            self._connection.progress()
+                            yield chunk
+                except SpecpairError as lost:
+                    await self._connection.resume(turn, lost)
             self._draft.keep(turn)
 
-    async def _begin(self, turn: Turn) -> tuple[VerifyStream, Started]:
-        """Opens the session, or its next turn."""
-        if self._stream is None:
-            self._stream = await self._target.verify(Start(turn.prompt, turn.params), self._within)
-        else:
-            await self._stream.send(Extend(turn.prompt, turn.params))
-        while not isinstance(message := await self._stream.receive(), Started):
-            if self._last is None or not message.stale:  # else it echoes a block of the last turn
-                raise ProtocolError("the target's first message is not `started`")
-        return self._stream, message
+    async def _rounds(self, turn: Turn, loop: Loop, proposer: Proposer) -> AsyncGenerator[Chunk]:
+        """The rounds of a turn, to its end or that of the stream."""
+        async with Chain(self._connection.stream, loop, proposer, turn.meter, self._draft.depth) as chain:
+            while loop.finish_reason is None:
+                while chain.room:
+                    if (answered := await chain.propose()) is not None:
+                        await chain.send(loop.verify(*answered))
+                while chain.steady:
+                    await chain.step()
+                verdict, sent = await chain.verdict(), loop.under_way
+                chunk = loop.commit(verdict)
+                if sent is not None and not verdict.stale:
+                    chain.learn(sent, verdict)
+                    yield chunk
+                    turn.meter.resumed()
 
     @property
     def _under_way(self) -> bool:
@@ -161,7 +163,7 @@ class Session:
     def _whole(self, turn: Turn) -> Iterator[None]:
         """Lets one turn in at a time; one that does not reach its end takes the session with it."""
         if self._ended:
-            raise UnavailableError(f"the session has ended: {self._ended}", reason="SESSION_ENDED")
+            raise UnavailableError(f"the session has ended: {self._ended}", reason=SESSION_ENDED)
         if self._under_way:
             raise RuntimeError("the session's last turn has not reached its end")
         self._turn = turn
@@ -175,26 +177,30 @@ class Session:
             raise
 
     def _cancel(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
+        self._connection.cancel()
         self._draft.cancel()
 
 
-async def follow(target: TargetTransport, turn: Turn, within: float | None = None) -> AsyncGenerator[Chunk]:
+async def follow(way: Way, turn: Turn) -> AsyncGenerator[Chunk]:
     """Plain decoding in the target's own loop. Yields one chunk per message; raises as a turn of a session does."""
-    receiver = await target.generate(Start(turn.prompt, turn.params), within)
+    connection = Connection(way, lambda target, start, within: target.generate(start, within))
     try:
-        loop = turn.begin(await receiver.receive())
+        loop = turn.begin(await connection.begin(turn))
         while loop.finish_reason is None:
-            committed = await receiver.receive()
-            if isinstance(committed, Started):
-                raise ProtocolError("the target started twice")
-            chunk = loop.append(committed)
+            try:
+                committed = await connection.stream.receive()
+                if isinstance(committed, Started):
+                    raise ProtocolError("the target started twice")
+                chunk = loop.append(committed)
+            except SpecpairError as lost:
+                await connection.resume(turn, lost)
+                continue
             turn.meter.token()
+            connection.progress()
             yield chunk
-        await _farewell(receiver)
+        await _farewell(connection.stream)
     finally:
-        receiver.cancel()
+        connection.cancel()
 
 
 async def _farewell(*streams: Receiver[Any] | SessionDraft) -> None:

@@ -26,7 +26,20 @@ from specpair.messages import (
 from specpair.params import Prompt
 from specpair.results import PositionExplanation
 
-__all__ = ["DraftTransport", "ProposeStream", "Receiver", "Stream", "TargetTransport", "VerifyStream"]
+__all__ = [
+    "CLOSED",
+    "STREAM_ENDED",
+    "DraftTransport",
+    "ProposeStream",
+    "Receiver",
+    "Stream",
+    "TargetTransport",
+    "VerifyStream",
+]
+
+# Reasons of errors: the other side ended a stream without a word; this side ended the call, or the client.
+STREAM_ENDED = "STREAM_ENDED"
+CLOSED = "CLOSED"
 
 Received = TypeVar("Received", covariant=True)
 Sent = TypeVar("Sent", contravariant=True)
@@ -36,7 +49,7 @@ class Receiver(Protocol[Received]):
     """The client's end of a call that answers with a stream."""
 
     async def receive(self) -> Received:
-        """The next message. Raises ProtocolError if the other side ended the stream.
+        """The next message. Raises ProtocolError with the reason STREAM_ENDED if the other side ended the stream.
 
         Whoever is cancelled while waiting loses no message: the next call waits on.
         """
@@ -78,7 +91,11 @@ class TargetTransport(Protocol):
 
     async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]: ...
 
-    async def tokenize(self, prompt: Prompt, within: float | None = None) -> tuple[int, ...]: ...
+    async def tokenize(
+        self, prompt: Prompt, within: float | None = None, *, continuation: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt; as a `continuation`, those of a text in a session's later turn."""
+        ...
 
     async def detokenize(
         self, token_ids: tuple[int, ...], keep_special_tokens: bool, within: float | None = None

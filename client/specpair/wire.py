@@ -7,7 +7,7 @@ as the target would: by its path from the request message.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from specpair.errors import InvalidRequestError, ProtocolError
@@ -116,9 +116,9 @@ def explain_request(question: Explain) -> target_pb2.ExplainVerifyRequest:
     return request
 
 
-def tokenize_request(prompt: Prompt) -> target_pb2.TokenizeRequest:
+def tokenize_request(prompt: Prompt, continuation: bool = False) -> target_pb2.TokenizeRequest:
     """The request of a Tokenize call."""
-    request = target_pb2.TokenizeRequest()
+    request = target_pb2.TokenizeRequest(continuation=continuation)
     _fill_prompt(request.prompt, prompt, "prompt")
     return request
 
@@ -138,6 +138,7 @@ def _block(block: Block) -> target_pb2.Block:
         token_ids=block.token_ids,
         draft_probs=_distributions(block.draft_probs),
         source=_SOURCES[block.source],
+        more_steps=block.more_steps,
     )
 
 
@@ -166,7 +167,11 @@ def propose_request(message: DraftStart | DraftAsk) -> draft_pb2.ProposeRequest:
 
 
 def _draft_start(start: DraftStart) -> draft_pb2.ProposeStart:
-    message = draft_pb2.ProposeStart(token_ids=start.token_ids, session_id=start.session_id)
+    message = draft_pb2.ProposeStart(
+        token_ids=start.token_ids,
+        session_id=start.session_id,
+        prompt_length=start.prompt_length,  # None leaves it out
+    )
     _fill_sampling(message.sampling, start.params, "start.sampling.")
     if start.proposer is not None:
         message.proposer = _SOURCES[start.proposer]
@@ -192,7 +197,7 @@ def generate_response(response: target_pb2.GenerateResponse) -> Started | Commit
         case "started":
             return _started(response.started)
         case "committed":
-            return _committed(response.committed)
+            return replace(_committed(response.committed), base_length=response.base_length or None)
     raise ProtocolError("the target sent an empty message")
 
 

@@ -44,9 +44,12 @@ class Yields:
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, int], _Kind] = {}
-        # Of rounds with the model: tokens and seconds. Of all rounds: seconds, but for the model's.
+        # Of rounds with the model: tokens and seconds.
         self._tokens, self._seconds = Mean(_KEEP, _MODEL_TOKENS, _WEIGHT), Mean(_KEEP)
-        self._steps = Mean(_KEEP)
+        # Seconds from a block of proposals to its verdict, and from one plain step to the next one behind it, which
+        # goes ahead of verdicts: with a network between, that is much less.
+        self._verdict, self._plain = Mean(_KEEP), Mean(_KEEP)
+        self._steady = False
 
     def best_length(self, kind: tuple[str, int], most: int) -> tuple[int, float]:
         """How many of `most` >= 1 ids to propose, at least one, and the tokens that a step's time then brings.
@@ -67,23 +70,32 @@ class Yields:
     @property
     def model(self) -> float:
         """Tokens that the model brings in the time of a round with a lookup."""
-        step = self._steps.value
-        seconds = self._seconds.value if self._seconds.known else step * _MODEL_SECONDS
-        return self._tokens.value * step / seconds if seconds else _MODEL_TOKENS / _MODEL_SECONDS
+        verdict = self._verdict.value
+        seconds = self._seconds.value if self._seconds.known else verdict * _MODEL_SECONDS
+        return self._tokens.value * verdict / seconds if verdict and seconds else _MODEL_TOKENS / _MODEL_SECONDS
+
+    @property
+    def plain(self) -> float:
+        """Tokens that plain steps bring in the time of a round with a lookup, at least one."""
+        if not (self._verdict.known and self._plain.known):
+            return 1.0
+        return max(self._verdict.value / self._plain.value, 1.0)
 
     def pays(self, kind: tuple[str, int], goodput: float, otherwise: float) -> bool:
         """Whether to propose what brings `goodput` where something else brings `otherwise`, to try it included."""
         seen = self._kind(kind)
         seen.passed += 1
-        if goodput <= otherwise and seen.passed <= _PATIENCE + (1.0 - goodput / otherwise) / _BUDGET:
-            return False
-        seen.passed = 0
-        return True
+        return goodput > otherwise or seen.passed > _PATIENCE + (otherwise - goodput) / _BUDGET
+
+    def proposed(self, kind: tuple[str, int]) -> None:
+        """A lookup of this kind is on its way."""
+        self._kind(kind).passed = 0
 
     def looked_up(self, kind: tuple[str, int], round: Round) -> None:
         """A round with a lookup is over."""
         seen = self._kind(kind)
-        self._steps.add(round.seconds)
+        self._verdict.add(round.seconds)
+        self._steady = False
         if not round.proposed:  # all that was found became the guess, or could not be sent to the target
             seen.first.add(1.0 if round.guessed else 0.0)
         for i in range(min(round.accepted + 1, round.proposed)):
@@ -93,7 +105,15 @@ class Yields:
         """A round with the model is over, whether it proposed something or not."""
         self._tokens.add(round.accepted + 1.0)
         self._seconds.add(round.seconds)
-        self._steps.add(round.verify_seconds)
+        if round.asked:
+            self._verdict.add(round.verify_seconds)
+            self._steady = False
+
+    def stepped(self, round: Round) -> None:
+        """A plain step is over."""
+        if self._steady:
+            self._plain.add(round.seconds)
+        self._steady = True
 
     def _kind(self, kind: tuple[str, int]) -> _Kind:
         if (known := self._kinds.get(kind)) is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
+from specpair.backoff import Timing
 from specpair.errors import InvalidRequestError, UnavailableError
 from specpair.messages import (
     Block,
@@ -27,7 +28,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import SamplingParams
-from specpair.results import FinishReason, PositionExplanation, Source
+from specpair.results import FinishReason, Logprobs, PositionExplanation, Source
 
 VOCABULARY = 50
 EOS = 0
@@ -63,6 +64,24 @@ def tokenized(prompt: object) -> list[int]:
 
 
 @dataclass
+class FakeTime:
+    """Time that passes while somebody waits, and not otherwise; without jitter. Nobody waits unless it is `real`."""
+
+    now: float = 0.0
+    waits: list[float] = field(default_factory=list)
+    real: bool = False
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(lambda: self.now, self._wait, lambda: 0.5)
+
+    async def _wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+        await asyncio.sleep(seconds if self.real else 0.0)
+
+
+@dataclass
 class Target:
     """A session at the target: the tokens so far, judged as the proto files say."""
 
@@ -80,6 +99,12 @@ class Target:
         """A new session."""
         messages = list(prompt) if prompt and isinstance(prompt[0], dict) else []
         return cls(tokenized(prompt), params, max_length, messages=messages)
+
+    def replay(self, committed: Sequence[int]) -> None:
+        """Tokens that a session which broke off had committed in this turn."""
+        for token_id in committed:
+            assert not self.ended, "committed tokens that end the turn"
+            self.commit(token_id)
 
     def extend(self, prompt: object, params: SamplingParams) -> int:
         """The next turn; how many tokens stay in the cache, which holds all but the last one."""
@@ -112,10 +137,14 @@ class Target:
             stale=False,
             base_length=length,
             accepted=accepted,
-            committed=Committed(ids, "".join(texts), tuple(map(len, texts)), (), finishes[-1]),
+            committed=Committed(ids, "".join(texts), tuple(map(len, texts)), self.logprobs(ids), finishes[-1]),
             queue_us=10,
             forward_us=100,
         )
+
+    def logprobs(self, ids: Sequence[int]) -> tuple[Logprobs, ...]:
+        """What is reported of tokens, if anything is."""
+        return tuple(Logprobs(-float(id_)) for id_ in ids) if self.params.logprobs is not None else ()
 
     def commit(self, token_id: int) -> tuple[int, str, FinishReason | None]:
         self.log.append(token_id)
@@ -136,6 +165,16 @@ class Target:
         return token_id, text, finish
 
 
+def unrolled(message: object) -> list[object]:
+    """A block with further steps as the blocks that it stands for."""
+    if not isinstance(message, Block) or not message.more_steps:
+        return [message]
+    assert not message.token_ids
+    first = replace(message, more_steps=0)
+    lengths = range(1, 1 + message.more_steps)
+    return [first, *(Block(first.round + i, first.base_length + i, None, (), first.source) for i in lengths)]
+
+
 @dataclass
 class FakeStream:
     """Both ends of a stream: answers come from a function of the request, after `delay` seconds."""
@@ -145,12 +184,19 @@ class FakeStream:
     delay: float = 0.0
     cancelled: bool = False
     finished: bool = False
+    interrupt: Callable[[], Exception | None] = lambda: None
+    broken: Exception | None = None
 
     async def send(self, message: object) -> None:
-        self.answers.append(self.answer(message))
+        if self.broken is not None:
+            raise self.broken
+        self.answers.extend(self.answer(one) for one in unrolled(message))
 
     async def receive(self) -> object:
         await asyncio.sleep(self.delay)
+        if self.broken is not None or (self.answers and (failure := self.interrupt()) is not None):
+            self.broken = self.broken or failure
+            raise self.broken
         if not self.answers:
             await asyncio.Event().wait()  # for ever: whoever answers does so before
         answer = self.answers.popleft()
@@ -168,7 +214,8 @@ class FakeStream:
 @dataclass
 class FakeTarget:
     """A target service. `falsify` may replace a verdict, `falsify_started` the start of a later turn; `fails_after`
-    rounds the stream breaks."""
+    rounds every stream breaks. In place of the messages that `breaks` names, counted from 0 over all streams, the
+    stream breaks with that error. `runs` is what ModelInfo says besides."""
 
     fingerprint: Fingerprint | None = FINGERPRINT
     phase: Phase = Phase.READY
@@ -183,12 +230,21 @@ class FakeTarget:
     blocks: list[Block] = field(default_factory=list)
     questions: list[Explain] = field(default_factory=list)
     infos: int = 0
+    breaks: dict[int, Exception] = field(default_factory=dict)
+    messages: int = 0
+    runs: dict[str, object] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+
+    def _interrupt(self) -> Exception | None:
+        self.messages += 1
+        return self.breaks.get(self.messages - 1)
 
     async def info(self, within: float | None = None) -> ModelInfo:
         self.infos += 1
         if self.failure is not None:
             raise self.failure
-        return ModelInfo("target", self.phase, fingerprint=self.fingerprint, verify_width=self.width)
+        info = ModelInfo("target", self.phase, fingerprint=self.fingerprint, verify_width=self.width)
+        return replace(info, **self.runs)
 
     def _open(self, start: Start) -> tuple[Target, Started]:
         if self.failure is not None:
@@ -196,7 +252,10 @@ class FakeTarget:
         target = Target.of(start.prompt, start.params, self.max_length)
         if not target.log:
             raise InvalidRequestError("must not be empty", field="start.prompt")
-        return target, self._started(target, 0)
+        self.starts.append(start)
+        started = self._started(target, 0)
+        target.replay(start.committed_token_ids)
+        return target, replace(started, length=len(target.log))
 
     def _started(self, target: Target, kept: int) -> Started:
         return Started("s1", tuple(target.log[kept:]), kept, len(target.log), self.width - 1, self.max_length)
@@ -217,7 +276,7 @@ class FakeTarget:
                 return UnavailableError("the connection broke")
             return self.falsify(target.judge(block))
 
-        self.streams.append(FakeStream(judge, deque([started]), self.delay))
+        self.streams.append(FakeStream(judge, deque([started]), self.delay, interrupt=self._interrupt))
         return self.streams[-1]
 
     async def generate(self, start: Start, within: float | None = None) -> FakeStream:
@@ -226,11 +285,13 @@ class FakeTarget:
         finish = None
         while finish is None:
             token_id, text, finish = target.commit(next_token(target.log, start.params.seed or 0))
-            answers.append(Committed((token_id,), text, (len(text),), (), finish))
-        self.streams.append(FakeStream(lambda _: None, answers, self.delay))
+            answers.append(Committed((token_id,), text, (len(text),), target.logprobs([token_id]), finish))
+        self.streams.append(FakeStream(lambda _: None, answers, self.delay, interrupt=self._interrupt))
         return self.streams[-1]
 
-    async def tokenize(self, prompt: object, within: float | None = None) -> tuple[int, ...]:
+    async def tokenize(
+        self, prompt: object, within: float | None = None, *, continuation: bool = False
+    ) -> tuple[int, ...]:
         return tuple(tokenized(prompt))
 
     async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:

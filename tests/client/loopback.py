@@ -13,12 +13,12 @@ import grpc
 from grpc_status import rpc_status
 
 from specpair.errors import InvalidRequestError, OverloadedError, SpecpairError, to_status
-from specpair.messages import Block
+from specpair.messages import Block, Verdict
 from specpair.params import SamplingParams
 from specpair.results import Source
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
-from .fakes import EOS, VOCABULARY, Target, continuation, explanations, next_token, text_of
+from .fakes import EOS, VOCABULARY, Target, continuation, explanations, next_token, text_of, unrolled
 
 FINGERPRINT = common_pb2.Fingerprint(vocabulary_size=VOCABULARY, vocabulary_sha256="aa", eos_token_ids=[EOS])
 FINISH = {
@@ -48,6 +48,23 @@ def turn(message) -> SamplingParams:
     )
 
 
+def verdict_message(verdict: Verdict) -> target_pb2.Verdict:
+    """A verdict on the wire."""
+    committed = verdict.committed
+    return target_pb2.Verdict(
+        round=verdict.round,
+        status=target_pb2.Verdict.STATUS_STALE if verdict.stale else target_pb2.Verdict.STATUS_APPLIED,
+        base_length=verdict.base_length,
+        accepted=verdict.accepted,
+        committed=common_pb2.CommittedTokens(
+            token_ids=committed.token_ids,
+            text_delta=committed.text_delta,
+            text_lengths=committed.text_lengths,
+            finish_reason=FINISH[committed.finish_reason],
+        ),
+    )
+
+
 @dataclass
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Answers the prompt "full" as a service without a free slot, and waits `delay` seconds for each verdict."""
@@ -72,7 +89,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             fail(context, OverloadedError("no slot", reason="KV_SLOTS_EXHAUSTED"))
         ids = prompt_ids(start.prompt, context)
         target = Target(ids, turn(start))
-        yield target_pb2.VerifyResponse(started=self.started(ids))
+        started = self.started(ids)
+        target.replay(start.committed_token_ids)
+        started.length = len(target.log)
+        yield target_pb2.VerifyResponse(started=started)
         for i, request in enumerate(requests):
             if i == self.cut_after:
                 return
@@ -84,28 +104,19 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             block = request.block
             self.blocks.append(block)
             last = block.last_token_id if block.HasField("last_token_id") else None
-            verdict = target.judge(Block(block.round, block.base_length, last, tuple(block.token_ids), Source.MODEL))
-            committed = verdict.committed
-            yield target_pb2.VerifyResponse(
-                verdict=target_pb2.Verdict(
-                    round=verdict.round,
-                    status=target_pb2.Verdict.STATUS_STALE if verdict.stale else target_pb2.Verdict.STATUS_APPLIED,
-                    base_length=verdict.base_length,
-                    accepted=verdict.accepted,
-                    committed=common_pb2.CommittedTokens(
-                        token_ids=committed.token_ids,
-                        text_delta=committed.text_delta,
-                        text_lengths=committed.text_lengths,
-                        finish_reason=FINISH[committed.finish_reason],
-                    ),
-                )
-            )
+            ids = tuple(block.token_ids)
+            received = Block(block.round, block.base_length, last, ids, Source.MODEL, more_steps=block.more_steps)
+            for one in unrolled(received):
+                yield target_pb2.VerifyResponse(verdict=verdict_message(target.judge(one)))
 
     def Generate(self, request, context):
         context.add_callback(self.ended.set)
         ids = prompt_ids(request.prompt, context)
         target = Target(ids, turn(request))
-        yield target_pb2.GenerateResponse(started=self.started(ids))
+        started = self.started(ids)
+        target.replay(request.committed_token_ids)
+        started.length = len(target.log)
+        yield target_pb2.GenerateResponse(started=started)
         finish = None
         while finish is None and context.is_active():
             time.sleep(self.delay)

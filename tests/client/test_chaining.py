@@ -42,8 +42,8 @@ def generate(*args, params=PARAMS, **options):
     async def run():
         async with client(*args, **options) as opened:
             result = await opened.generate(PROMPT, params)
-            assert asyncio.all_tasks() == {asyncio.current_task()}
-            return result
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return result
 
     return asyncio.run(run())
 
@@ -199,7 +199,7 @@ def test_losing_the_target_in_mid_chain_is_an_error():
     """With the tokens so far, and nothing left behind."""
 
     async def run():
-        async with client(FakeTarget(fails_after=4), draft_length=3) as opened:
+        async with client(FakeTarget(fails_after=4), draft_length=3, resume_timeout=0) as opened:
             stream = opened.stream(PROMPT, PARAMS)
             with pytest.raises(UnavailableError):
                 async for _ in stream:

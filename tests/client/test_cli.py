@@ -300,6 +300,14 @@ def test_info_and_health(address):
     assert (info["target"]["phase"], info["draft"]["fingerprint"]["vocabulary_size"]) == ("ready", VOCABULARY)
     assert command("health", "--target", address, "--draft", address).returncode == 0
     assert command("health", "--target", address, "--draft", "127.0.0.1:1").returncode == 1
+    half = command("health", "--target", address, "--draft", "127.0.0.1:1", "--json")
+    assert half.returncode == 1
+    assert json.loads(half.stdout) == {
+        "target": {"address": address, "serving": True},
+        "draft": {"address": "127.0.0.1:1", "serving": False},
+    }
+    asked = json.loads(command("health", "--draft", address, "--json").stdout)
+    assert asked == {"draft": {"address": address, "serving": True}}
 
 
 @pytest.mark.parametrize(

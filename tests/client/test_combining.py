@@ -260,12 +260,77 @@ class TestBesideAModel:
         done = run(draft, text)
         assert done.share(Source.MODEL, slice(-100, None)) > 0.8
 
-    def test_a_lost_model_leaves_lookups(self):
-        """When the model's proposer goes on as lookups, so does the combination."""
-        text = repeating(600)
-        model = Model(text, 0.7, 0.002)
-        both = combined(model)
-        model.name = "ngram"
-        assert both.name == "ngram"
-        done = run(both, text)
-        assert done.share(Source.MODEL) == 0.0
+
+@pytest.mark.parametrize("length", [None, 3])
+def test_a_look_that_finds_nothing_leaves_the_target_to_itself(length):
+    """Many plain steps may follow; they end as soon as a token makes a proposal worth while, and not before."""
+    text = [*PROMPT, *strange(40)]
+    looking = lookups(length=length)
+
+    def look(log):
+        return asyncio.run(looking.propose(Ask(1, log, WIDTH, len(log))))
+
+    found = look(text)
+    assert (found.token_ids, found.plain > 8) == ((), True)
+    for behind in range(2, 8):  # said before: the match grows with every token
+        again = [*text, *text[2:behind]]
+        if looking.tempted(again, WIDTH):
+            break
+    assert behind > 2
+    proposal = look(again)
+    assert proposal.token_ids[:1] == (text[behind],)
+    assert not looking.tempted(again, 0)
+
+
+def test_temptation_counts_as_a_look():
+    """A kind of match that has not paid so far is tried again after many looks, also if all of them were in passing."""
+    text = [7, 8, 7]
+    yields = Yields()
+    looking = lookups(yields)
+    kind = ("own", 1)
+    for number in range(400):
+        yields.looked_up(kind, Round(number, Source.NGRAM, 1, 1, 0, 0.0, STEP))
+    looks = 1
+    while not looking.tempted(text, WIDTH):
+        looks += 1
+        assert looks < 1000
+    assert looks > 10
+    assert asyncio.run(looking.propose(Ask(99, text, WIDTH, len(text)))).token_ids
+    assert not looking.tempted(text, WIDTH)
+
+
+def test_beside_a_model_lookups_alone_are_tempted():
+    """Whether a model would propose is its own pacing's matter."""
+    text = [*PROMPT, *strange(20)]
+    both = combined(Model(text, 1.0, 0.001))
+    asyncio.run(both.propose(Ask(1, text[:10], WIDTH, 10)))
+    assert not both.tempted(text, WIDTH)
+    assert both.tempted([*text, *text], WIDTH)
+
+
+def test_repeatable_lookups_look_at_fixed_places():
+    """Nothing ends their plain steps, of which there are few: how many have come by then is a matter of time."""
+    text = [*PROMPT, *strange(20)]
+    looking = LookupDraft(Lookup(), Yields(), repeatable=True)
+    assert 0 < asyncio.run(looking.propose(Ask(1, text, WIDTH, len(text)))).plain <= 8
+    assert not looking.tempted([*text, *text], WIDTH)
+    assert asyncio.run(looking.propose(Ask(2, [*text, *text], WIDTH, 2 * len(text)))).token_ids == tuple(text[:WIDTH])
+
+
+def test_a_distant_target_makes_plain_steps_cheap():
+    """They go ahead of verdicts, so the way counts for a lookup alone: it has to bring what they make meanwhile."""
+    yields, kind = Yields(), ("own", 3)
+    assert yields.plain == 1.0
+    for number in range(40):
+        yields.looked_up(kind, Round(number, Source.NGRAM, 3, 3, 1, 0.0, 10 * STEP))
+        # The first step behind a lookup has the whole way before it.
+        for seconds in (10 * STEP, STEP, STEP):
+            yields.stepped(Round(number, Source.TARGET, 0, 0, 0, 0.0, seconds))
+    assert yields.plain == pytest.approx(10.0)
+    _, goodput = yields.best_length(kind, WIDTH)
+    assert 1.0 < goodput < 8.0
+    assert not yields.pays(kind, goodput, yields.plain)
+    looks = 1
+    while not yields.pays(kind, goodput, yields.plain):
+        looks += 1
+    assert looks > 100 * (10.0 - goodput), "trying it costs more than a hundredth of the time"

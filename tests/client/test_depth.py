@@ -64,7 +64,7 @@ def test_rounds_without_an_ask_teach_nothing():
     assert depth.blocks == 0
 
 
-@pytest.mark.parametrize(("network", "steps"), [(0.0005, 1), (0.01, 1), (0.035, 4), (1.0, 8)])
+@pytest.mark.parametrize(("network", "steps"), [(0.0005, 1), (0.01, 1), (0.035, 4), (1.0, 24)])
 def test_plain_steps_keep_the_target_at_work(network, steps):
     """As many go ahead as the target makes while one is on its way."""
     depth = Depth()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 
 import grpc
@@ -244,10 +246,10 @@ def test_errors_come_back_as_they_were_raised():
 
 
 def test_a_target_that_hangs_up_breaks_the_protocol():
-    """A stream that ends without a finish reason is an error, even if its status is OK."""
+    """A stream that ends without a finish reason is an error, even if its status is OK, to who does not resume."""
     with (
         serving(TargetServicer(cut_after=2)) as address,
-        SyncSpeculativeClient(address, "ngram") as client,
+        SyncSpeculativeClient(address, "ngram", resume_timeout=0) as client,
         pytest.raises(ProtocolError),
     ):
         client.generate(PROMPT, PARAMS)
@@ -312,3 +314,19 @@ def test_a_closed_client_says_so():
             await client.generate(PROMPT)
 
     run(work)
+
+
+def test_cancelled_before_it_began():
+    """A call whose connection is never answered leaves nothing behind when it is given up."""
+
+    async def work():
+        target = GrpcTarget(f"127.0.0.1:{silent.getsockname()[1]}")
+        opening = asyncio.create_task(target.verify(Start(PROMPT, SamplingParams())))
+        await asyncio.sleep(0.1)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+        await target.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        run(work)

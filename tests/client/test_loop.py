@@ -340,3 +340,14 @@ def test_a_session_that_starts_elsewhere_is_refused():
         Loop(Started("s", (), 0, 0, 7, 10), SamplingParams())
     with pytest.raises(ProtocolError):
         Loop(replace(started(), cached_tokens=2, length=5), SamplingParams())
+
+
+@pytest.mark.parametrize("base_length", [0, 3, 5, 6])
+def test_plain_tokens_that_do_not_continue_the_log_are_refused(base_length):
+    """A response that was lost on the way, or came twice, is noticed by where the next one stands."""
+    loop = Loop(started(), SamplingParams())
+    loop.append(Committed((7,), "a", (1,), base_length=3))
+    with pytest.raises(ProtocolError):
+        loop.append(Committed((8,), "b", (1,), base_length=base_length))
+    loop.append(Committed((8,), "b", (1,), base_length=4))
+    assert loop.token_ids == [*PROMPT, 7, 8]

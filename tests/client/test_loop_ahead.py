@@ -15,7 +15,7 @@ from specpair.messages import Committed, Proposal, Started, Verdict
 from specpair.params import AcceptanceRule, SamplingParams
 from specpair.results import FinishReason, Source
 
-from .fakes import VOCABULARY, Target, continuation
+from .fakes import VOCABULARY, Target, continuation, unrolled
 
 PROMPT = (3, 4, 5)
 
@@ -91,9 +91,11 @@ def test_any_interleaving_of_any_blocks_gives_the_targets_tokens_once(
             wire.there.append(block)
             sent += 1
         elif move == 3 and loop.steady and loop.waiting <= depth:
-            wire.there.append(loop.step())
+            steps = unrolled(loop.steps(1 + chance.next(3)))
+            wire.there.extend(steps)
             assert wire.there[-1].base_length + 1 - len(prompt) <= max_new_tokens
-            sent += 1
+            assert wire.there[-1].base_length < max_length
+            sent += len(steps)
         elif move == 1 and wire.there:
             wire.judge()
         elif wire.back:
@@ -229,7 +231,7 @@ def test_plain_steps_need_no_assumption():
     assert not loop.steady
     blocks = [send(loop, ())]
     while loop.steady:
-        blocks.append(loop.step())
+        blocks += unrolled(loop.steps(2))
     assert [(block.base_length, block.last_token_id) for block in blocks] == [(3, 5), (4, None), (5, None), (6, None)]
     for block in blocks:
         assert not loop.open
@@ -254,7 +256,7 @@ def test_the_end_drops_plain_steps():
     truth = continuation(PROMPT, 3)
     params = SamplingParams(stop_token_ids=(truth[1],))
     loop, target = Loop(started(), params), Target(list(PROMPT), params)
-    blocks = [send(loop, ()), loop.step(), loop.step(), loop.step()]
+    blocks = [send(loop, ()), *unrolled(loop.steps(2)), *unrolled(loop.steps(1))]
     for block in blocks:
         loop.commit(target.judge(block))
     assert [token.id for token in loop.tokens] == truth[:2]

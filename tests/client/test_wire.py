@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +68,12 @@ def test_every_parameter_reaches_the_target():
         assert message is extend or list(message.committed_token_ids) == [1, 2]
         assert message.prompt.text == "text"
     assert wire.propose_request(DraftStart((1,), EVERYTHING)).start.sampling == sampling
+
+
+def test_a_text_may_be_tokenized_as_a_continuation():
+    """Said only where it is meant."""
+    assert wire.tokenize_request("text", continuation=True).continuation
+    assert [field.name for field, _ in wire.tokenize_request("text").ListFields()] == ["prompt"]
 
 
 def test_what_is_not_given_is_not_sent():
@@ -214,6 +222,8 @@ def test_responses():
     )
     plain = Committed((3,), "é", (1,), (Logprobs(-0.5, ((3, -0.5),)),), FinishReason.STOP_STRING, "é")
     assert wire.generate_response(target_pb2.GenerateResponse(committed=committed)) == plain
+    placed = wire.generate_response(target_pb2.GenerateResponse(committed=committed, base_length=9))
+    assert placed == replace(plain, base_length=9)
     verdict = target_pb2.Verdict(
         round=4,
         status=target_pb2.Verdict.STATUS_APPLIED,

@@ -9,6 +9,7 @@ import typer
 
 from specpair.bench import running, sweeps
 from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET
+from specpair.connecting import Connecting
 from specpair.errors import InvalidRequestError
 
 __all__ = ["bench"]
@@ -39,6 +40,8 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="Write bench.json and plots here.", show_default="nowhere")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    connecting: Connecting,
 ) -> None:
     """Measure running services: by draft length, proposer, sessions, context, temperature and delay, beside theory.
 
@@ -61,6 +64,8 @@ def bench(
             delays=running.numbers(delay, "delay"),
             output=output,
             as_json=as_json,
+            credentials=connecting.target,
+            draft_credentials=connecting.draft,
         )
     )
 

@@ -18,7 +18,8 @@ from specpair.bench.costs import draft_token_seconds
 from specpair.bench.prompts import cut, read_texts, tokenized
 from specpair.bench.sweeps import Bench, Sweep, run_sweep
 from specpair.bench.tables import comparison_table, sweep_table
-from specpair.client import SpeculativeClient
+from specpair.client import ClientOptions, SpeculativeClient
+from specpair.credentials import Credentials
 from specpair.errors import InternalError, InvalidRequestError
 from specpair.grpc_transports import GrpcDraft
 from specpair.messages import ModelInfo
@@ -52,6 +53,15 @@ class Options:
     output: Path | None = None
     """A directory for bench.json and the plots."""
     as_json: bool = False
+    credentials: Credentials | None = None
+    """For the target."""
+    draft_credentials: Credentials | None = None
+    """For the draft; None: the target's."""
+
+    @property
+    def access(self) -> ClientOptions:
+        """How clients get in."""
+        return {"credentials": self.credentials, "draft_credentials": self.draft_credentials}
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def run(options: Options) -> None:
 
 async def run_sweeps(options: Options, progress: Callable[[str], None]) -> Outcome:
     """Measures, without a word."""
-    async with SpeculativeClient(options.target, options.draft) as client:
+    async with SpeculativeClient(options.target, options.draft, **options.access) as client:
         target, draft = await client.info()
         prompts = await tokenized(client, read_texts(options.prompts, options.prompt_count))
     bench = Bench(
@@ -113,6 +123,7 @@ async def run_sweeps(options: Options, progress: Callable[[str], None]) -> Outco
         contexts=options.contexts,
         temperatures=options.temperatures,
         delays=options.delays,
+        access=options.access,
     )
     done = []
     for name in options.sweeps:
@@ -130,8 +141,8 @@ async def run_sweeps(options: Options, progress: Callable[[str], None]) -> Outco
 def report(options: Options, outcome: Outcome) -> dict[str, object]:
     """The outcome as JSON has it."""
     told = asdict(options) | {"prompts": options.prompts.name if options.prompts else None}
-    for place in ("output", "as_json"):
-        del told[place]
+    for unspoken in ("output", "as_json", "credentials", "draft_credentials"):
+        del told[unspoken]
     return {
         "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "versions": {"python": platform.python_version(), "specpair": specpair.__version__},
@@ -161,7 +172,7 @@ def _within(progress: Callable[[str], None], sweep: str, line: str) -> None:
 
 
 async def _draft_token_seconds(options: Options, prompts: Sequence[tuple[int, ...]], target: ModelInfo) -> float:
-    draft = GrpcDraft(options.draft.removeprefix("auto:"))
+    draft = GrpcDraft(options.draft.removeprefix("auto:"), options.draft_credentials or options.credentials)
     vocabulary = target.fingerprint.vocabulary_size if target.fingerprint else 2
     try:
         context = cut(prompts[:1], _COST_CONTEXT)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from specpair.bench.measuring import Case, Figures, differences, figures, measure
@@ -39,6 +39,8 @@ class Bench:
     temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)
     delays: tuple[float, ...] = (0.0, 5.0, 20.0, 50.0)
     """Milliseconds of a round trip."""
+    access: ClientOptions = field(default_factory=ClientOptions)
+    """How clients get in."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ async def open_client(
     return await stack.enter_async_context(made)
 
 
+async def _client(
+    bench: Bench, stack: AsyncExitStack, target: str, draft: str, options: Mapping[str, object] | None = None
+) -> SpeculativeClient:
+    """The same, with what services want to know of a client."""
+    return await open_client(stack, target, draft, {**bench.access, **(options or {})})
+
+
 _Plan = tuple[list[_Planned], list[str]]
 
 
@@ -109,7 +118,7 @@ async def _draft_length(bench: Bench, stack: AsyncExitStack) -> _Plan:
     model = {"lookup": False} if supported("lookup") else {}
     lengths: list[int | None] = [*range(bench.verify_width), None]
     for length in lengths:
-        client = await open_client(stack, bench.target, bench.draft, {**model, "draft_length": length})
+        client = await _client(bench, stack, bench.target, bench.draft, {**model, "draft_length": length})
         word = "auto" if length is None else f"k = {length}"
         case = Case(word, client, bench.prompts, bench.params, draft_length=length)
         planned.append(_Planned("model", "auto" if length is None else length, case, _ALONE))
@@ -123,14 +132,14 @@ async def _proposer(bench: Bench, stack: AsyncExitStack) -> _Plan:
         drafts["combined"] = (bench.draft, {})
     planned = [await _alone(bench, stack)]
     for name, (draft, options) in drafts.items():
-        client = await open_client(stack, bench.target, draft, options)
+        client = await _client(bench, stack, bench.target, draft, options)
         planned.append(_Planned("", name, Case(name, client, bench.prompts, bench.params), _ALONE))
     return planned, []
 
 
 async def _sessions(bench: Bench, stack: AsyncExitStack) -> _Plan:
     planned = []
-    pair, alone = await _pair(bench, stack), await open_client(stack, bench.target, "none")
+    pair, alone = await _pair(bench, stack), await _client(bench, stack, bench.target, "none")
     for count in (count for count in bench.sessions if count <= bench.slots):
         for series, client in ((_ALONE, alone), ("pair", pair)):
             case = Case(f"{series}, {count} sessions", client, bench.prompts, bench.params, sessions=count)
@@ -143,7 +152,7 @@ async def _sessions(bench: Bench, stack: AsyncExitStack) -> _Plan:
 
 async def _context(bench: Bench, stack: AsyncExitStack) -> _Plan:
     planned = []
-    pair, alone = await _pair(bench, stack), await open_client(stack, bench.target, "none")
+    pair, alone = await _pair(bench, stack), await _client(bench, stack, bench.target, "none")
     longest = bench.max_length - (bench.params.max_new_tokens or 0) - 1
     for length in (length for length in bench.contexts if length <= longest):
         for series, client in ((_ALONE, alone), ("pair", pair)):
@@ -157,7 +166,7 @@ async def _context(bench: Bench, stack: AsyncExitStack) -> _Plan:
 
 async def _temperature(bench: Bench, stack: AsyncExitStack) -> _Plan:
     planned = []
-    pair, alone = await _pair(bench, stack), await open_client(stack, bench.target, "none")
+    pair, alone = await _pair(bench, stack), await _client(bench, stack, bench.target, "none")
     for temperature in bench.temperatures:
         params = replace(bench.params, temperature=temperature, seed=1)
         for series, client in ((_ALONE, alone), ("pair", pair)):
@@ -178,7 +187,7 @@ async def _delay(bench: Bench, stack: AsyncExitStack) -> _Plan:
         draft = await stack.enter_async_context(relay(bench.draft, delay / 1e3))
         for series, options in chains.items():
             # A distant draft is not a lost one.
-            client = await open_client(stack, target, draft, {**options, "draft_timeout": 2 + delay / 100})
+            client = await _client(bench, stack, target, draft, {**options, "draft_timeout": 2 + delay / 100})
             case = Case(f"{series}, {delay:g} ms", client, bench.prompts, bench.params)
             planned.append(_Planned(series, delay, case))
     skipped = [] if supported("chain") else ["chained blocks: this client has none"]
@@ -186,13 +195,13 @@ async def _delay(bench: Bench, stack: AsyncExitStack) -> _Plan:
 
 
 async def _alone(bench: Bench, stack: AsyncExitStack) -> _Planned:
-    client = await open_client(stack, bench.target, "none")
+    client = await _client(bench, stack, bench.target, "none")
     return _Planned("", _ALONE, Case(_ALONE, client, bench.prompts, bench.params))
 
 
 async def _pair(bench: Bench, stack: AsyncExitStack) -> SpeculativeClient:
     """As a caller gets it who chooses nothing."""
-    return await open_client(stack, bench.target, bench.draft)
+    return await _client(bench, stack, bench.target, bench.draft)
 
 
 def _point(planned: _Planned, found: Mapping[str, Figures]) -> Point:
