@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench check protos
+.PHONY: help venv demo test bench soak fuzz check protos
 
 help:  ## Show this.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,16 @@ bench: .venv/.installed  ## Measure everything; ARGS='--only sessions' a part, A
 	|| echo 'pip failed: there will be no plots'
 	env -u OMP_WAIT_POLICY $(BIN)/python bench/complete.py $(ARGS)
 
+soak: .venv/.installed  ## Kill services for an hour, then test many times over; ARGS='--seconds 600', ARGS=--help.
+	$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: .venv/.installed  ## Throw anything at the services: requests, bytes at their sockets, fields at their readers.
+	SPECPAIR_TEST_EXAMPLES=$${SPECPAIR_TEST_EXAMPLES:-1000} SPECPAIR_FUZZ_SECONDS=$${SPECPAIR_FUZZ_SECONDS:-600} \
+	$(BIN)/python -m pytest tests/fuzz $(ARGS)
+	@if $(BIN)/python -c 'import atheris' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[fuzz]'; \
+	then $(BIN)/python -m tests.fuzz.readers -max_total_time=60; \
+	else echo 'pip failed: fuzzing guided by coverage is skipped'; fi
+
 check: .venv/.installed node_modules/.installed  ## Run linters and type checkers.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +52,7 @@ protos: .venv/.installed  ## Generate the gRPC stubs from protos/.
 	@test -n '$(PYTHON)' || { echo 'error: no python3 found' >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed")'
 	'$(PYTHON)' -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,target,draft,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,target,draft,gateway,dev]'
 	@touch $@
 
 # Not `npm ci`, which refuses a lock that, like this one, names the packages of some platforms only.

@@ -19,7 +19,7 @@ class Session:
     """What a fake draft knows of one session: its tokens, and a source of chance that its prompt determines."""
 
     def __init__(self, start, context, stopping):
-        self.prompt = tuple(start.token_ids)
+        self.prompt = tuple(start.token_ids[: start.prompt_length or None])
         self.log = list(start.token_ids)
         self.rng = random.Random(str(self.prompt[-8:]))
         self.asks = 0

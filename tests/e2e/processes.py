@@ -57,19 +57,25 @@ def leftovers(group):
 class Service:
     """One service process. It starts at once; whatever needs its address waits until it is healthy."""
 
-    def __init__(self, role, log, *flags, listen=True, env=None):
+    def __init__(self, role, log, *flags, listen=True, env=None, connect=grpc.insecure_channel, launcher=()):
         self.role = role
         self.log = Path(log)
-        command = [script(f"specpair-{role}"), "--log-format=json", *flags]
-        if listen:
-            command += ["--listen=127.0.0.1:0", "--threads=1"]
-        with self.log.open("wb") as output:
+        self._command = [*(launcher or [script(f"specpair-{role}")]), "--log-format=json", *flags]
+        self._listen = listen
+        self._env = env or {}
+        self._connect = connect
+        self._start("127.0.0.1:0")
+
+    def _start(self, listen):
+        placed = [f"--listen={listen}", "--threads=1"] if self._listen else []
+        with self.log.open("ab") as output:
+            self._begin = output.tell()
             self.process = subprocess.Popen(
-                command,
+                [*self._command, *placed],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(**(env or {})),
+                env=environment(**self._env),
                 start_new_session=True,
             )
         self._address = None
@@ -80,7 +86,7 @@ class Service:
         """HOST:PORT of the healthy service."""
         if self._address is None:
             address = wait_for(self._listening, _START, f"{self.role} listening")
-            self._channel = grpc.insecure_channel(address)
+            self._channel = self._connect(address)
             wait_for(self._healthy, _START, f"{self.role} healthy")
             self._address = address
         return self._address
@@ -98,13 +104,14 @@ class Service:
     @property
     def text(self):
         """Everything that the process wrote."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_bytes()[self._begin :].decode(errors="replace")
 
     def entries(self):
         """Log lines so far."""
         for line in self.text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry
 
     def info(self):
         """ModelInfo, now."""
@@ -125,6 +132,18 @@ class Service:
     def wait(self, within=_STOP):
         """Exit status of a process that is about to end."""
         return self.process.wait(within)
+
+    def kill(self):
+        """Ends the process as a crash would, and waits until it is gone."""
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+    def restart(self):
+        """Starts the process again at the address that it had. `address` waits until it is healthy."""
+        assert not self.alive, f"{self.role} still runs"
+        address = self._address
+        self._channel.close()
+        self._start(address)
 
     def ask_to_stop(self):
         """Ends the process as an operator would; `wait` waits for it."""

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from specpair import InvalidRequestError, SamplingParams, SpeculativeClient
+from specpair.errors import from_rpc_error
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 from .conftest import BF16_LENGTH, VOCABULARY
@@ -230,16 +231,29 @@ class TestRawTarget:
         run(check())
 
     def test_bytes_that_are_no_message(self, bf16):
-        """Garbage on the wire fails its call alone."""
+        """Garbage on the wire fails its call alone, and it is the caller's fault: as the first message and later."""
+        garbage = b"\xff\xff\xff\xff"
+        cases = [(bf16.target, "TargetService", method, [garbage]) for method in ("Generate", "Verify", "Tokenize")] + [
+            (bf16.draft, "DraftService", "Propose", [garbage]),
+            (bf16.target, "TargetService", "Verify", [start_of([1]).SerializeToString(), garbage]),
+            (bf16.draft, "DraftService", "Propose", [starts(token_ids=[1]).SerializeToString(), garbage]),
+        ]
+
+        async def drained(call):
+            while await call.read() is not grpc.aio.EOF:
+                pass
 
         async def check():
-            async with grpc.aio.insecure_channel(bf16.target.address) as channel:
-                for method in ("Generate", "Verify", "Tokenize"):
-                    call = channel.stream_stream(f"/specpair.v1.TargetService/{method}")()
-                    await call.write(b"\xff\xff\xff\xff")
+            for service, name, method, messages in cases:
+                async with grpc.aio.insecure_channel(service.address) as channel:
+                    call = channel.stream_stream(f"/specpair.v1.{name}/{method}")()
+                    for message in messages:
+                        await call.write(message)
                     await call.done_writing()
-                    with pytest.raises(grpc.RpcError):
-                        await call.read()
+                    with pytest.raises(grpc.RpcError) as caught:
+                        await drained(call)
+                    assert caught.value.code() == INVALID, caught.value
+                    assert from_rpc_error(caught.value).reason == "MALFORMED_MESSAGE"
 
         run(check())
 

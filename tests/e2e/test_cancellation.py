@@ -13,11 +13,16 @@ import pytest
 from specpair import DeadlineError, OverloadedError, SamplingParams, SpeculativeClient, SyncSpeculativeClient
 from specpair.v1 import target_pb2
 
+from ..amounts import runs
 from .processes import environment, run
 from .sessions import RawSession, ids_prompt, target_stub
 
 ENDLESS = SamplingParams(ignore_eos=True)
 PARAMS = SamplingParams(max_new_tokens=12)
+# Seconds within which the slots of a client that has gone are free.
+FREE = 1.0
+# Client processes at a time; the target has a slot for each.
+PROCESSES = 6
 
 # Streams without end and says how far it is, until it is killed.
 CLIENT = textwrap.dedent("""
@@ -41,35 +46,35 @@ def checked(bf16, prompts):
         before = client.generate(prompts[7], PARAMS).token_ids
         yield bf16
         for service in (bf16.target, bf16.draft):
-            service.wait_until_free(2.0)
+            service.wait_until_free(FREE)
         assert client.generate(prompts[7], PARAMS).token_ids == before
 
 
 def test_streams_closed_early(checked, prompts):
-    """12 streams, closed after some chunks or before the first one: free within 2 seconds each time."""
+    """Streams closed after some chunks or before the first one: free within a second each time."""
     chance = random.Random(1)
 
     async def check():
         async with SpeculativeClient(*checked("model")) as client:
-            for n in range(12):
+            for n in range(runs(12)):
                 async with client.stream(chance.choice(prompts), ENDLESS) as stream:
                     for _ in range(n % 7):
                         await anext(stream)
                     if n % 7:
                         assert checked.target.info().slots_in_use == 1
                 for service in (checked.target, checked.draft):
-                    await asyncio.to_thread(service.wait_until_free, 2.0)
+                    await asyncio.to_thread(service.wait_until_free, FREE)
 
     run(check())
 
 
 def test_tasks_cancelled(checked, prompts):
-    """12 tasks, cancelled after a random time, 4 at once: free within 2 seconds each time."""
+    """Tasks cancelled after a random time, 4 at once: free within a second each time."""
     chance = random.Random(2)
 
     async def check():
         async with SpeculativeClient(*checked("model")) as client:
-            for _ in range(3):
+            for _ in range(-(-runs(12) // 4)):
                 tasks = [asyncio.create_task(client.generate(chance.choice(prompts), ENDLESS)) for _ in range(4)]
                 for task in tasks:
                     await asyncio.sleep(chance.choice([0.0, chance.uniform(0, 0.05), chance.uniform(0, 0.3)]))
@@ -77,7 +82,7 @@ def test_tasks_cancelled(checked, prompts):
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
                 assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
                 for service in (checked.target, checked.draft):
-                    await asyncio.to_thread(service.wait_until_free, 2.0)
+                    await asyncio.to_thread(service.wait_until_free, FREE)
 
     run(check())
 
@@ -88,28 +93,54 @@ def test_sync_streams_closed_early(checked, prompts):
         with client.stream(prompts[3], ENDLESS) as stream:
             next(stream)
         for service in (checked.target, checked.draft):
-            service.wait_until_free(2.0)
+            service.wait_until_free(FREE)
         stream = client.stream(prompts[3], ENDLESS)
         next(stream)
     for service in (checked.target, checked.draft):
-        service.wait_until_free(2.0)
+        service.wait_until_free(FREE)
+
+
+def test_out_of_time(checked, prompts):
+    """Generations whose time runs out at a random point, 4 at once: a DeadlineError, and free within a second."""
+    chance = random.Random(4)
+
+    async def end(client, prompt, seconds):
+        with pytest.raises(DeadlineError):
+            await client.generate(prompt, ENDLESS, timeout=seconds)
+
+    async def check():
+        async with SpeculativeClient(*checked("model")) as client:
+            for _ in range(-(-runs(12) // 4)):
+                await asyncio.gather(*(end(client, prompts[3], chance.uniform(0.001, 0.3)) for _ in range(4)))
+                for service in (checked.target, checked.draft):
+                    await asyncio.to_thread(service.wait_until_free, FREE)
+
+    run(check())
 
 
 def test_client_processes_killed(checked, prompts):
-    """6 client processes, killed at random points of their streams: free within 2 seconds."""
+    """Client processes killed at random points of their streams: free within a second each time."""
     chance = random.Random(3)
+    left = runs(PROCESSES)
+    while left > 0:
+        kill_clients(checked, chance.sample(prompts[3:10], min(left, PROCESSES)), chance)
+        left -= PROCESSES
+
+
+def kill_clients(pair, prompts, chance):
+    """One client process for each prompt, all at the same time; kills them one after the other."""
     clients = []
     try:
-        for prompt in prompts[3:9]:
-            command = [sys.executable, "-c", CLIENT, *checked("model"), *map(str, prompt)]
+        for prompt in prompts:
+            command = [sys.executable, "-c", CLIENT, *pair("model"), *map(str, prompt)]
             clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()))
         for client in clients:
             for _ in range(chance.randrange(1, 12)):
                 assert client.stdout.readline()
             client.kill()
             client.wait()
-        for service in (checked.target, checked.draft):
-            service.wait_until_free(2.0)
+        for service in (pair.target, pair.draft):
+            service.wait_until_free(FREE)
     finally:
         for client in clients:
             if client.poll() is None:
@@ -136,7 +167,7 @@ def test_raw_calls_cancelled(checked, prompts):
             session = await RawSession.open(stub, prompts[12])
             await session.send(session.block())
             await session.finish()
-        await asyncio.to_thread(checked.target.wait_until_free, 2.0)
+        await asyncio.to_thread(checked.target.wait_until_free, FREE)
 
     run(check())
 
@@ -160,7 +191,7 @@ def test_waiting_for_a_slot(fp32, prompts):
                 waited = await stays
                 for holder in holders[1:]:
                     holder.call.cancel()
-                await asyncio.to_thread(fp32.target.wait_until_free, 2.0)
+                await asyncio.to_thread(fp32.target.wait_until_free, FREE)
                 assert (await client.generate(prompts[2], PARAMS)).token_ids == waited.token_ids
 
     run(check())

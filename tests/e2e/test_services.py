@@ -16,7 +16,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from specpair import (
-    CancelledError,
     DraftMismatchError,
     FinishReason,
     OverloadedError,
@@ -25,6 +24,7 @@ from specpair import (
     SpeculativeClient,
     UnavailableError,
 )
+from specpair.errors import from_rpc_error
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from specpair_draft.config import DraftConfig
 from specpair_target.config import TargetConfig
@@ -177,7 +177,8 @@ class TestConfigured:
                 requests = [asyncio.create_task(client.generate(prompt)) for _ in range(3)]
                 outcomes = await asyncio.gather(*requests, return_exceptions=True)
                 assert {type(outcome) for outcome in outcomes} == {OverloadedError}
-                assert {outcome.reason for outcome in outcomes} == {"KV_SLOTS_EXHAUSTED"}
+                assert sorted(outcome.reason for outcome in outcomes) == ["KV_SLOTS_EXHAUSTED"] + ["QUEUE_FULL"] * 2
+                assert all(outcome.retry_after > 0 for outcome in outcomes)
                 for holder in holders:
                     assert await holder.run() == list(output[: place + 1])
                 assert (await client.generate(prompt)).token_ids == output[: place + 1]
@@ -205,9 +206,12 @@ class TestConfigured:
                     await anext(generated)
                     target.send(signal.SIGTERM)
                     assert (await watch.read()).status == NOT_SERVING
-                    # gRPC cancels a call that crosses the server's goodbye on the same connection.
-                    with pytest.raises((UnavailableError, CancelledError)):
+                    # Whoever asks what the service is first learns there that it is not ready any more.
+                    with pytest.raises(UnavailableError):
                         await late.generate(prompt, params)
+                    with pytest.raises(grpc.RpcError) as refused:
+                        await target_pb2_grpc.TargetServiceStub(channel).Tokenize(target_pb2.TokenizeRequest())
+                    assert from_rpc_error(refused.value).reason == "DRAINING"
                     for stream in (verified, generated):
                         async for _ in stream:
                             pass

@@ -1,0 +1,131 @@
+"""Services that are killed and started again, and what else happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+from ..e2e.processes import Service
+from ..proxy import TcpProxy
+from .gauges import Life
+
+# Below the ports that outgoing connections take: one of those could hold a dead service's port.
+_PORTS = range(20_000, 32_000)
+_KILLS = ("kill target", "kill draft")
+_STOPPED = 3.0
+_STALLED = 1.0
+
+
+class Victim:
+    """A service on one port through all of its lives, and the proxy that clients reach it by."""
+
+    def __init__(self, role: str, logs: Path, *flags: str) -> None:
+        self.role = role
+        port = _free_port()
+        listen = (f"--listen=127.0.0.1:{port}", "--threads=1")
+        self._service = Service(role, logs / f"{role}.log", *flags, *listen, listen=False)
+        self.lives = [Life(self._service.process.pid)]
+        self.proxy = TcpProxy("127.0.0.1", port)
+
+    def __enter__(self) -> Victim:
+        try:
+            assert self._service.address
+            self.proxy.__enter__()
+        except BaseException:
+            self._service.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.proxy.__exit__()
+        self._service.stop()
+
+    def kill(self) -> None:
+        """Kills the process and starts the next one; returns when that is healthy."""
+        self._service.send(signal.SIGKILL)
+        self._service.wait()
+        self._service.restart()
+        self.lives.append(Life(self._service.process.pid))
+        assert self._service.address
+
+    def stop_for(self, seconds: float) -> None:
+        """The process stands still for a while."""
+        self._service.send(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self._service.send(signal.SIGCONT)
+
+    def stall_for(self, seconds: float) -> None:
+        """The network does."""
+        self.proxy.afflict(stall=True)
+        time.sleep(seconds)
+        self.proxy.heal()
+
+    def wait_until_free(self) -> None:
+        """Waits until no slot is in use."""
+        self._service.wait_until_free(30)
+
+
+class Chaos:
+    """Kills target and draft in turn, once in `interval` seconds, with a lesser accident between every two kills.
+
+    Whatever takes longer, as the start of a service may, delays the next one. `events` counts those that are over.
+    """
+
+    def __init__(self, target: Victim, draft: Victim, interval: float) -> None:
+        self.events: Counter[str] = Counter()
+        self._interval = interval
+        self._kills = itertools.cycle(zip(_KILLS, (target.kill, draft.kill), strict=True))
+        self._accidents: Iterator[tuple[str, Callable[[], None]]] = itertools.cycle(
+            [
+                ("cut target", target.proxy.cut),
+                ("stop draft", lambda: draft.stop_for(_STOPPED)),
+                ("reset target", target.proxy.reset_peer),
+                ("cut draft", draft.proxy.cut),
+                ("stall target", lambda: target.stall_for(_STALLED)),
+                ("half-close target", lambda: target.proxy.half_close("downstream")),
+                ("reset draft", draft.proxy.reset_peer),
+            ]
+        )
+
+    @property
+    def rounds(self) -> int:
+        """How often both have been killed and come back."""
+        return min(self.events[kill] for kill in _KILLS)
+
+    async def rage(self) -> None:
+        """Until it is cancelled; what has begun is brought to its end."""
+        for kill, accident in zip(self._kills, self._accidents, strict=False):
+            for name, act in (kill, accident):
+                await asyncio.sleep(self._interval / 2)
+                await _to_its_end(asyncio.to_thread(act))
+                self.events[name] += 1
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Waits for work in a thread, which nobody can stop, also if this is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.result()
+        raise
+
+
+def _free_port() -> int:
+    # Any of them: the first free one could be that of another soak whose service is dead at this moment.
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port from {_PORTS.start} to {_PORTS.stop}")
