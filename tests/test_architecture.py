@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import specpair
 from specpair.v1 import common_pb2, draft_pb2, target_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,17 +18,18 @@ CLIENT = ROOT / "client/specpair"
 RUNTIME = ROOT / "runtime/specpair_runtime"
 TARGET = ROOT / "target_service/specpair_target"
 DRAFT = ROOT / "draft_service/specpair_draft"
+GATEWAY = ROOT / "gateway/specpair_gateway"
 GENERATED = CLIENT / "v1"
 MOST_LINES = 420
 
 # What the client may import besides the standard library; the command line has rich and typer on top.
 CLIENT_NEEDS = {"specpair", "grpc", "grpc_status", "google"}
 CLI_NEEDS = {"rich", "typer"}
-CLI = {"cli.py", "commands.py", "demo.py", "rendering.py", "bench/command.py", "bench/tables.py"}
+CLI = {"cli.py", "commands.py", "connecting.py", "demo.py", "rendering.py", "bench/command.py", "bench/tables.py"}
 # Plots come on top of that.
 PLOTS = {"bench/plots.py"}
 # What everything but the client may import from the client's package.
-SHARED = {"specpair.v1", "specpair.errors", "specpair.ngram"}
+SHARED = {"specpair.v1", "specpair.addresses", "specpair.errors", "specpair.ngram", "specpair.pem"}
 # Modules that speak in protobuf messages. Everything else speaks in types of its own.
 BORDER = {"wire.py", "servicer.py", "grpc_transports.py", "__main__.py"}
 
@@ -103,6 +105,30 @@ def test_services_do_not_know_each_other(service, other):
     assert _offences(_sources(service), offends) == []
 
 
+def test_the_gateway_is_a_user_of_the_client():
+    """It takes the client's public names, and of the runtime what surrounds a server: no service and no message."""
+    public = {f"specpair.{name}" for name in specpair.__all__}
+    others = {"specpair.addresses.is_local", "specpair.client.ClientOptions"}
+    libraries = {"fastapi", "pydantic", "pydantic_settings", "starlette", "structlog", "uvicorn", "specpair_gateway"}
+
+    def offends(path, name):
+        if _top(name) == "specpair":
+            return name not in public | others
+        if _top(name) == "specpair_runtime":
+            return not _below(name, {"specpair_runtime.serving"})
+        return _top(name) not in libraries | sys.stdlib_module_names
+
+    assert _offences(_sources(GATEWAY), offends) == []
+
+
+def test_importing_the_gateway_is_light():
+    """It loads no torch, no transformers, no numpy and no service."""
+    heavy = ["torch", "transformers", "numpy", "specpair_target", "specpair_draft"]
+    code = f"import sys, specpair_gateway.__main__; sys.exit(' '.join(set({heavy}) & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_messages_stay_at_the_border():
     """Only wire modules, servicers, transports, mains and serving/ touch messages; enumerations may go further."""
     modules = {"specpair.v1.common_pb2": common_pb2, "specpair.v1.draft_pb2": draft_pb2}
@@ -120,7 +146,7 @@ def test_messages_stay_at_the_border():
             return False
         return _below(name, {"specpair.v1"}) and not is_enumeration(name)
 
-    assert _offences(_sources(CLIENT, RUNTIME, TARGET, DRAFT), offends) == []
+    assert _offences(_sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY), offends) == []
 
 
 def test_serving_knows_no_model():
@@ -136,7 +162,7 @@ def test_serving_knows_no_model():
 def test_no_search_path_is_changed():
     """Packages are found because they are installed: nothing touches sys.path or PYTHONPATH."""
     touched = []
-    for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, ROOT / "tools", ROOT / "bench"):
+    for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, ROOT / "tools", ROOT / "bench"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in {"path", "addsitedir"}:
                 if isinstance(node.value, ast.Name) and node.value.id in {"sys", "site"}:
@@ -150,6 +176,6 @@ def test_modules_are_small():
     """No module that people write is longer than a few screens."""
     lengths = {
         path.relative_to(ROOT): len(path.read_text().splitlines())
-        for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, ROOT / "tools", ROOT / "bench")
+        for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, ROOT / "tools", ROOT / "bench")
     }
     assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
