@@ -25,14 +25,24 @@ __all__ = ["equal_tokens", "never_slower", "sweep"]
 _SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
 
 
-def sweep(*names: str, pair: str) -> Measure:
-    """Sweeps of `specpair bench` on a pair of this name, with their plots."""
-    return partial(_sweep, names, pair)
+def sweep(*names: str, pair: str, target: str = "", draft: str = "", max_new_tokens: int | None = None) -> Measure:
+    """Sweeps of `specpair bench` on a pair of this name, with their plots; `target` and `draft` are more flags.
+
+    `max_new_tokens` is in place of the settings'.
+    """
+    return partial(_sweep, names, pair, (target, draft), max_new_tokens)
 
 
-async def _sweep(names: Sequence[str], pair: str, settings: Settings, progress: Callable[[str], None]) -> Part:
+async def _sweep(
+    names: Sequence[str],
+    pair: str,
+    flags: tuple[str, str],
+    max_new_tokens: int | None,
+    settings: Settings,
+    progress: Callable[[str], None],
+) -> Part:
     place = models(pair, progress)
-    services = settings.services(place, "--slots 8", "--slots 8")
+    services = settings.services(place, f"--slots 16 {flags[0]}", f"--slots 16 {flags[1]}")
     async with running(services, progress) as (target, draft):
         options = Options(
             target=target,
@@ -40,9 +50,9 @@ async def _sweep(names: Sequence[str], pair: str, settings: Settings, progress: 
             sweeps=tuple(names),
             prompts=place / "prompts.json",
             prompt_count=settings.prompts,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=max_new_tokens or settings.max_new_tokens,
             repeats=settings.repeats,
-            sessions=(1, 2, 4, 8),
+            contexts=(128, 256, 512, 1024, 2048, 4096),
             output=settings.results,
         )
         outcome = await sweeping.run_sweeps(options, progress)

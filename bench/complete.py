@@ -31,19 +31,21 @@ from yardstick_part import yardstick
 
 __all__ = ["PARTS", "Options", "parse"]
 
+_LONG = "--max-length 4224"
 PARTS: Mapping[str, tuple[Measure, tuple[int, ...]]] = {
     "yardstick-70": (yardstick("pair-70", decides=True, max_new_tokens=96, prompts=2), (1, 2, 3)),
     "lean": (lean, (4,)),
     "draft-length": (sweep("draft-length", pair="pair-80"), (5,)),
     "wire": (wire, (6,)),
-    "delay": (sweep("delay", pair="pair-80"), (7,)),
+    "delay": (sweep("delay", pair="pair-80", max_new_tokens=192), (7,)),
     "sessions": (sweep("sessions", pair="pair-80"), (8,)),
     "cache-size": (cache_size, (9,)),
+    "context": (sweep("context", pair="pair-80", target=_LONG, draft=_LONG), ()),
     "never-slower": (never_slower, (10,)),
     "equal-tokens": (equal_tokens, (11,)),
     "compiled-start": (compiled_start, (12,)),
     "yardstick-demo": (yardstick("demo", decides=False, max_new_tokens=96, prompts=5), ()),
-    "sweeps": (sweep("proposer", "context", "temperature", pair="demo"), ()),
+    "sweeps": (sweep("proposer", "temperature", pair="demo"), ()),
     "large": (yardstick("large-70", decides=False, max_new_tokens=32, prompts=1, repeats=3), ()),
 }
 """By name: what measures a part, and the goals that it decides."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from specpair.bench.prompts import random_prompts
 from specpair.services import Service, started
 from specpair_loops import ServiceSettings, wait
 
-__all__ = ["PAIRS", "Pair", "Settings", "SkippedError", "models", "running", "supports", "two_targets"]
+__all__ = ["PAIRS", "Pair", "Settings", "SkippedError", "models", "running", "supports", "targets"]
 
 _TOOL = Path("tools/make_benchmark_pair.py")
 _PLACE = Path("runs/bench")
@@ -113,15 +113,13 @@ async def running(settings: ServiceSettings, progress: Callable[[str], None]) ->
 
 
 @contextlib.asynccontextmanager
-async def two_targets(
-    one: ServiceSettings, other: ServiceSettings, progress: Callable[[str], None]
-) -> AsyncIterator[tuple[str, str]]:
-    """Two target services until the block ends: their addresses."""
+async def targets(*settings: ServiceSettings, progress: Callable[[str], None]) -> AsyncIterator[list[str]]:
+    """Target services until the block ends: their addresses."""
     idle = ["--proposer", "ngram"]  # a draft belongs to each; nobody asks it
-    with started(one.flags("target"), idle) as first, started(other.flags("target"), idle) as second:
-        targets: Sequence[Service] = (first[0], second[0])
-        await wait(targets, progress)
-        yield targets[0].address, targets[1].address
+    with contextlib.ExitStack() as stack:
+        found: list[Service] = [stack.enter_context(started(one.flags("target"), idle))[0] for one in settings]
+        await wait(found, progress)
+        yield [service.address for service in found]
 
 
 def supports(service: str, flag: str) -> bool:
