@@ -129,7 +129,7 @@ class GoodputPacer:
         acceptance: float = 0.7,
         memory: float = 40.0,
         explore_every: int = 16,
-        idle_budget: float = 0.01,
+        idle_budget: float = 0.006,
     ) -> None:
         self._start = start
         self._keep = 1.0 - 1.0 / memory
