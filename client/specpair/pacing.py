@@ -159,7 +159,7 @@ class GoodputPacer:
             return min(self._start, limit)
         best, gain = self._best(limit)
         if gain <= 0.0 and self._speculated < _SURE:
-            # A few rejections say little: as long as the acceptance may well be one that pays, it is worth more to know.
+            # A few rejections say little: as long as the acceptance may well be one that pays, knowing is worth more.
             best, gain = self._best(limit, doubt=1.0)
         if gain <= 0.0:
             if self._trial > 0:
