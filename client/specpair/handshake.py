@@ -7,8 +7,8 @@ from specpair.errors import SpecpairError, UnauthenticatedError, UnavailableErro
 __all__ = ["explained"]
 
 _CLOSED = (
-    "the connection was closed before it was up: the service ended or something between does not pass on, or it wants "
-    "TLS where this side has none, or a client certificate (cert and key) from a CA that it knows and that is valid"
+    "the connection was closed before it was up: the service may be gone, or it may want TLS where this side has none, "
+    "or a client certificate (cert and key) from a CA that it knows and that has not expired"
 )
 # Parts of gRPC's text, the more special first, and what they mean.
 _CAUSES: tuple[tuple[str, type[SpecpairError], str], ...] = (
