@@ -72,6 +72,9 @@ class Connection(Generic[S]):
         if self._stream is not None:
             self._stream.cancel()
         self._stream = await self._call(target, start, self._way.left)
+        if self._closed:  # meanwhile
+            self._stream.cancel()
+            raise UnavailableError("the session has ended", reason=SESSION_ENDED)
         message = await self._stream.receive()
         if not isinstance(message, Started):
             raise ProtocolError("the target's first message is not `started`")
@@ -95,10 +98,10 @@ class SessionConnection(Connection[VerifyStream]):
         if last is None or self._stream is None:
             return await super().begin(turn)
         self._before = self._before.after(last)
-        if self._forgotten and self._before.messages and is_chat(turn.prompt):
-            self._forgotten = False
-            return await super().begin(turn)
         try:
+            if self._forgotten and self._before.messages and is_chat(turn.prompt):
+                self._forgotten = False
+                return await self._way.again(lambda target: self._start(turn, target))
             return await self._extend(turn)
         except SpecpairError as lost:
             started = await self._way.resume(lost, lambda target: self._start(turn, target))

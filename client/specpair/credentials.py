@@ -184,6 +184,8 @@ def _channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
 def _pem(given: str | Path | bytes | None, name: str) -> bytes | None:
     if given is None or isinstance(given, bytes):
         return given
+    if "\n" in str(given):  # which must not get into a message: it may be a key
+        raise InvalidRequestError("a str is a path: give PEM text as bytes", field=f"credentials.{name}")
     try:
         return Path(given).read_bytes()
     except OSError as error:

@@ -11,7 +11,7 @@ from itertools import count
 from typing import TypeVar
 
 from specpair.backoff import Patience, Timing
-from specpair.errors import DeadlineError, OverloadedError, SpecpairError, UnavailableError
+from specpair.errors import DeadlineError, OverloadedError, SpecpairError, UnauthenticatedError, UnavailableError
 from specpair.losses import TARGET_CHANGED, is_lost
 from specpair.messages import Committed, Explain, Fingerprint, ModelInfo, Phase, Start, Started
 from specpair.params import Prompt
@@ -78,6 +78,15 @@ class Replicas:
         self._identity: Identity | None = None
         self._warned: dict[Replica, str] = {}
 
+    @property
+    def several(self) -> bool:
+        """Whether there is another one for each."""
+        return len(self._replicas) > 1
+
+    def skip(self) -> None:
+        """The current one is of no use now."""
+        self.leave(self._current)
+
     async def matching(self, identity: Identity | None = None) -> Replica:
         """The first replica, from the current one on, that runs what `identity` says, or what they ran so far if it is
         None. Raises UnavailableError if one cannot be asked, and with the reason TARGET_CHANGED if none does.
@@ -115,6 +124,11 @@ class Replicas:
             try:
                 return await self.at(await self._beginning() if check else self._current, work)
             except SpecpairError as error:
+                if isinstance(error, (OverloadedError, UnauthenticatedError)) and tries < len(self._replicas):
+                    _log.warning("a target is passed over: %s", error)
+                    if not is_lost(error):
+                        self.skip()
+                    continue
                 if not is_lost(error) or isinstance(error, OverloadedError):
                     raise
                 if tries >= len(self._replicas):

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from specpair.backoff import Patience
-from specpair.errors import SpecpairError, UnavailableError
+from specpair.errors import SpecpairError, UnauthenticatedError, UnavailableError
 from specpair.losses import TARGET_CHANGED, is_lost
 from specpair.replicas import Identity, Replica, Replicas
 from specpair.transports import TargetTransport
@@ -21,6 +21,9 @@ from specpair.transports import TargetTransport
 __all__ = ["Way"]
 
 _log = logging.getLogger("specpair")
+
+# Seconds that one of several targets may take to open a session, if there are so many left.
+_SILENCE = 5.0
 
 T = TypeVar("T")
 
@@ -58,6 +61,7 @@ class Way:
         UnavailableError with the reason TARGET_CHANGED if all that are there run something else.
         """
         error = lost
+        several = self._replicas.several
         if is_lost(lost) and self._replica is not None:
             self._replicas.leave(self._replica)
         level, text = logging.WARNING, "target lost: %s; resuming"
@@ -65,14 +69,29 @@ class Way:
             await self._patience.wait(error)
             _log.log(level, text, error)
             level, text = logging.INFO, "target not back: %s; trying again"
+            left = self._patience.left
             try:
-                async with asyncio.timeout(self._patience.left):
-                    return await self._at(await self._replicas.matching(self._identity), open)
+                # One that accepts calls and says nothing must not use up the time of the others.
+                async with asyncio.timeout(max(left / 2, min(left, _SILENCE)) if several else left):
+                    return await self.again(open)
             except TimeoutError:
-                break
+                if not several:
+                    break
+                self._replicas.skip()
+                error = UnavailableError("the target did not open the session in time")
+            except UnauthenticatedError as refused:
+                if not several:
+                    raise
+                _log.warning("a target is passed over: %s", refused)
+                self._replicas.skip()
+                error = UnavailableError(f"no target is left: {refused}")
             except SpecpairError as again:
                 error = again
         raise error
+
+    async def again(self, open: Callable[[TargetTransport], Awaitable[T]]) -> T:
+        """Opens the session where it can go on now, without waiting. Raises what the target raises."""
+        return await self._at(await self._replicas.matching(self._identity), open)
 
     def progress(self) -> None:
         """The target is there and works."""

@@ -133,10 +133,11 @@ class Session:
                     async with contextlib.aclosing(self._rounds(turn, loop, proposer)) as chunks:
                         async for chunk in chunks:
                             self._connection.progress()
+                            if chunk.finish_reason is not None:
+                                self._draft.keep(turn)
                             yield chunk
                 except SpecpairError as lost:
                     await self._connection.resume(turn, lost)
-            self._draft.keep(turn)
 
     async def _rounds(self, turn: Turn, loop: Loop, proposer: Proposer) -> AsyncGenerator[Chunk]:
         """The rounds of a turn, to its end or that of the stream."""

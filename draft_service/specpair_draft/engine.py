@@ -66,7 +66,11 @@ class Engine:
         source = source or self.sources[0]
         if source == Source.SOURCE_NGRAM:
             async with _lent(self._lookups, caller):
-                yield NgramProposer(self._lookup_thread)
+                lookups = NgramProposer(self._lookup_thread)
+                try:
+                    yield lookups
+                finally:
+                    lookups.close()
             return
         if source != Source.SOURCE_MODEL:
             raise UnsupportedError("not available", field="start.proposer")

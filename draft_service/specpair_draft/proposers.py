@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from typing import Protocol
 
@@ -34,6 +34,10 @@ class Proposer(Protocol):
         """Starts a turn; ends what was asked before. Raises UnavailableError once the engine stops."""
         ...
 
+    async def settled(self) -> None:
+        """Waits until a further turn may begin: nobody can begin them faster than they are taken."""
+        ...
+
     def ask(self, ask: Ask, deliver: Deliver) -> None:
         """Asks for proposals, which `deliver` gets on the event loop, or an error in place of the next one.
 
@@ -59,6 +63,9 @@ class ModelProposer:
         self._scheduler.begin(self._session, turn)
         self.length = len(turn.token_ids)
 
+    async def settled(self) -> None:
+        """At once: a turn that begins replaces the one before."""
+
     def ask(self, ask: Ask, deliver: Deliver) -> None:
         """Asks for proposals; see `Proposer`."""
         self._scheduler.ask(self._session, ask, _on_loop(self._loop, deliver))
@@ -80,21 +87,34 @@ class NgramProposer:
         self.length = 0
         self._thread = thread
         self._loop = asyncio.get_running_loop()
+        self._begun: Future[None] | None = None
+        self._closed = False
         # The thread's own.
         self._tokens: list[int] = []
         self._index = NgramIndex()
 
     def begin(self, turn: Turn) -> None:
         """Starts a turn."""
-        self._thread.submit(self._follow, 0, turn.token_ids)
+        self._begun = self._thread.submit(self._follow, 0, turn.token_ids)
         self.length = len(turn.token_ids)
+
+    async def settled(self) -> None:
+        """Waits until the thread has taken the turn; until then nothing more is to be read."""
+        if self._begun is not None:
+            await asyncio.wrap_future(self._begun)
 
     def ask(self, ask: Ask, deliver: Deliver) -> None:
         """Looks up what followed the last occurrence of the longest n-gram at the end."""
         self._thread.submit(self._answer, ask, _on_loop(self._loop, deliver), time.perf_counter_ns())
         self.length = ask.base_length
 
+    def close(self) -> None:
+        """Ends the session: what is still queued is not done."""
+        self._closed = True
+
     def _follow(self, from_position: int, token_ids: Sequence[int]) -> None:
+        if self._closed:
+            return
         if from_position < len(self._tokens):
             # The index only grows; what the target committed is not taken back but by a caller that starts again.
             self._index = NgramIndex(self._tokens[:from_position])
@@ -102,6 +122,8 @@ class NgramProposer:
         self._index.extend(token_ids)
 
     def _answer(self, ask: Ask, deliver: Deliver, queued_ns: int) -> None:
+        if self._closed:
+            return
         began = time.perf_counter_ns()
         try:
             self._follow(ask.from_position, ask.token_ids)

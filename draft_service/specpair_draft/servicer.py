@@ -115,11 +115,13 @@ class _Stream:
         """Begins a turn and takes the requests behind its start, to their end or to one that is bad."""
         try:
             self._begin(turn)
+            await self._proposer.settled()
             async for request in requests:
                 await self._answered.wait()
                 self._answered.clear()
                 if request.WhichOneof("message") == "start":
                     self._begin(wire.read_turn(request.start, self._vocabulary))
+                    await self._proposer.settled()
                 else:
                     self._take(request.ask.round, wire.read_ask(request, self._proposer.length, self._vocabulary))
         except Exception as error:

@@ -17,6 +17,8 @@ from specpair_gateway.generations import Job
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions"]
 
+# Of a token id in decimal.
+_MOST_DIGITS = 10
 # Change nothing of the output.
 _IGNORED = frozenset(
     [
@@ -168,7 +170,7 @@ class GenerationRequest(BaseModel):
     def _biases(self) -> dict[int, float] | None:
         biases = self.logit_bias or {}
         for token_id in biases:
-            if not (token_id.isascii() and token_id.isdecimal()):
+            if not (token_id.isascii() and token_id.isdecimal() and len(token_id) <= _MOST_DIGITS):
                 raise InvalidRequestError("must be a token id", field=f"logit_bias.{token_id[:32]}")
         return {int(token_id): bias for token_id, bias in biases.items()} or None
 

@@ -82,8 +82,13 @@ class Scheduler:
         self._refuse_all()
 
     def prefill(self, session: Session) -> None:
-        """Begins to prefill a session's prompt, at its first turn or a later one. No block of it may be waiting."""
+        """Begins to prefill a session's prompt, at its first turn or a later one. No block of it may be waiting.
+
+        Raises UnavailableError when the engine stops.
+        """
         with self._wake:
+            if self._stopping:
+                raise UnavailableError("the target stops")
             self._lane(session).rest()
             self._prefills.add(session)
             self._wake.notify()
@@ -130,7 +135,9 @@ class Scheduler:
             self._profiler.close()
 
     def _refuse_all(self) -> None:
-        for lane in self._lanes.values():
+        with self._wake:
+            lanes = list(self._lanes.values())
+        for lane in lanes:
             while lane.blocks:
                 lane.blocks.popleft().reply(UnavailableError("the target stops"))
 

@@ -85,6 +85,16 @@ def test_no_token_in_plain_text(tmp_path, token):
     assert Access(ELSEWHERE, Credentials()).metadata() is None
 
 
+@pytest.mark.parametrize("name", ["ca", "cert", "key"])
+def test_pem_text_in_place_of_a_path(name):
+    """Is refused by the name of the field, and not shown: it may be a key."""
+    text = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
+    given = {"ca": "ca.pem", "cert": b"", "key": b"", name: text}
+    with pytest.raises(InvalidRequestError) as refused:
+        GrpcTarget("127.0.0.1:1", Credentials(**given))._channel  # noqa: B018 - opens it
+    assert "c2VjcmV0" not in str(refused.value)
+
+
 def test_nothing_secret_is_shown(ours):
     """The text of credentials has neither the token nor the key."""
     pair = ours.pair("alice@example.org")

@@ -12,6 +12,7 @@ from specpair import (
     InvalidRequestError,
     OverloadedError,
     SpeculativeClient,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -61,6 +62,39 @@ class TestTwoTargets:
         result = generate(None, mode=mode, targets=[absent, other], time=time)
         assert list(result.token_ids) == continuation(PROMPT, COUNT)
         assert (result.stats.resumes, time.waits) == (0, [])
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        "refusal", [UnauthenticatedError("an expired certificate"), OverloadedError("full", retry_after=1.0)]
+    )
+    def test_the_first_one_refuses(self, mode, refusal):
+        """What has not begun is tried at every address, whatever the first one says."""
+        refusing, other, time = FakeTarget(failure=refusal), FakeTarget(), FakeTime()
+        result = generate(None, mode=mode, targets=[refusing, other], time=time)
+        assert list(result.token_ids) == continuation(PROMPT, COUNT)
+        assert time.waits == []
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_other_one_refuses(self, mode):
+        """A session goes on at its own target if the other one does not let it in."""
+        undisturbed = generate(FakeTarget(), mode=mode)
+        own, closed = FakeTarget(breaks={3: GONE}), FakeTarget(failure=UnauthenticatedError("an expired certificate"))
+        check(generate(None, mode=mode, targets=[own, closed]), undisturbed)
+        assert len(own.streams) == 2
+
+    def test_the_other_one_stands_still(self):
+        """A target that takes a session and says nothing does not use up the time in which another one is back."""
+        undisturbed = generate(FakeTarget())
+
+        class Still(FakeTarget):
+            async def verify(self, start, within=None):
+                stream = await super().verify(start, within)
+                stream.delay = 3600
+                return stream
+
+        own, still = FakeTarget(breaks={3: GONE}), Still()
+        check(generate(None, targets=[own, still], resume_timeout=0.4), undisturbed)
+        assert still.streams[-1].cancelled
 
     @pytest.mark.parametrize("mode", MODES)
     def test_nobody_is_there(self, mode):

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from specpair import (
+    Corpus,
     InvalidRequestError,
     ProtocolError,
     UnavailableError,
 )
 
 from .fakes import FakeDraft, FakeTarget, FakeTime, tokenized
-from .losing import GONE, MODES, PARAMS, PROMPT, check, client, turns
+from .losing import COUNT, GONE, MODES, PARAMS, PROMPT, check, client, turns
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,3 +136,45 @@ def test_a_target_that_begins_a_resumed_session_with_other_tokens_is_not_believe
 
     with pytest.raises(ProtocolError, match="other tokens than it was given"):
         turns(["a", "b"], Inventive(), between=lose)
+
+
+@pytest.mark.parametrize("breaks", [{}, {3: GONE}])
+def test_closed_while_a_stream_opens(breaks):
+    """A session that is closed meanwhile takes the stream with it, the first one and one to resume on."""
+
+    class Slow(FakeTarget):
+        async def verify(self, start, within=None):
+            if bool(start.committed_token_ids) == bool(self.breaks):
+                self.opening.set()
+                await self.go_on.wait()
+            return await super().verify(start, within)
+
+    async def run():
+        target = Slow(breaks=breaks)
+        target.opening, target.go_on = asyncio.Event(), asyncio.Event()
+        async with client(target) as opened:
+            session = opened.session()
+            turn = asyncio.create_task(session.generate(PROMPT, PARAMS))
+            await target.opening.wait()
+            await session.aclose()
+            target.go_on.set()
+            with pytest.raises(UnavailableError) as ended:
+                await turn
+            assert ended.value.reason == "SESSION_ENDED"
+        assert all(stream.cancelled for stream in target.streams)
+
+    asyncio.run(run())
+
+
+def test_a_finished_turn_is_learned_from_where_the_reader_stops():
+    """Also by who takes the last chunk and does not ask for the end."""
+    corpus = Corpus()
+
+    async def run():
+        async with client(FakeTarget(), corpus=corpus) as opened, opened.stream(PROMPT, PARAMS) as stream:
+            async for chunk in stream:
+                if chunk.finish_reason is not None:
+                    break
+
+    asyncio.run(run())
+    assert len(corpus) >= COUNT

@@ -222,6 +222,9 @@ class Recorder:
     def begin(self, turn):
         self.begun += 1
 
+    async def settled(self):
+        pass
+
     def ask(self, ask, deliver):
         self.asked.append((ask, deliver))
 

@@ -262,6 +262,7 @@ def test_biases_are_of_ids():
     """JSON has no other keys than text."""
     assert refused(completion(logit_bias={"hello": 1.0})).field == "logit_bias.hello"
     assert refused(completion(logit_bias={"-1": 1.0})).field == "logit_bias.-1"
+    assert refused(completion(logit_bias={"9" * 5000: 1.0})).field == f"logit_bias.{'9' * 32}"
 
 
 def test_stream_options_are_of_streams():

@@ -55,7 +55,7 @@ class Attended(Generic[_Message]):
         """The first `count` messages have been answered."""
         self._answered = count
         patience = self._patience
-        if self._timer is not None and patience is not None:
+        if self._timer is not None and patience is not None and not self._timer.expired():
             self._timer.reschedule(asyncio.get_running_loop().time() + patience)
 
     @property
