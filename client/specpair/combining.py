@@ -44,8 +44,7 @@ class LookupDraft:
     def offer(self, ask: Ask, otherwise: float) -> Proposal | None:
         """A proposal, if it is expected to bring more than `otherwise` tokens in the time of a step."""
         guess = 1 if ask.ahead else 0
-        most = ask.max_tokens if self._draft_length is None else min(self._draft_length, ask.max_tokens)
-        if not most or (chosen := self._best(ask.token_ids, ask.committed, most, guess, otherwise)) is None:
+        if (chosen := self._best(ask.token_ids, ask.committed, ask.max_tokens, guess, otherwise)) is None:
             return None
         best, asked = chosen
         self._kinds[ask.round] = best.kind
@@ -59,10 +58,7 @@ class LookupDraft:
         )
 
     def tempted(self, token_ids: Sequence[int], most: int) -> bool:
-        most = most if self._draft_length is None else min(self._draft_length, most)
-        if self._repeatable or not most:
-            return False
-        return self._best(token_ids, len(token_ids), most, 0, self._least) is not None
+        return not self._repeatable and self._best(token_ids, len(token_ids), most, 0, self._least) is not None
 
     @property
     def _least(self) -> float:
@@ -73,6 +69,9 @@ class LookupDraft:
         self, token_ids: Sequence[int], committed: int, most: int, guess: int, otherwise: float
     ) -> tuple[Found, int] | None:
         """The find that is expected to bring most, if it brings enough, and how many of its ids."""
+        most = most if self._draft_length is None else min(self._draft_length, most)
+        if not most:
+            return None
         best, best_goodput, asked = None, 0.0, 0
         for found in self._lookup.find(token_ids, committed, most + guess):
             k, goodput = self._yields.best_length(found.kind, min(most, len(found.token_ids)))

@@ -22,6 +22,9 @@ __all__ = ["Identity", "Replica", "Replicas"]
 
 _log = logging.getLogger("specpair")
 
+# What one target may say to a session that another one would take.
+_REFUSALS = (OverloadedError, UnauthenticatedError)
+
 T = TypeVar("T")
 
 
@@ -83,10 +86,6 @@ class Replicas:
         """Whether there is another one for each."""
         return len(self._replicas) > 1
 
-    def skip(self) -> None:
-        """The current one is of no use now."""
-        self.leave(self._current)
-
     async def matching(self, identity: Identity | None = None) -> Replica:
         """The first replica, from the current one on, that runs what `identity` says, or what they ran so far if it is
         None. Raises UnavailableError if one cannot be asked, and with the reason TARGET_CHANGED if none does.
@@ -104,16 +103,16 @@ class Replicas:
         raise UnavailableError(differences, reason=TARGET_CHANGED)
 
     async def at(self, replica: Replica, work: Callable[[Replica], Awaitable[T]]) -> T:
-        """What `work` brings at a replica. If that is lost meanwhile, the next one is the current one."""
+        """What `work` brings at a replica. If that is lost or lets nobody in, the next one is the current one."""
         try:
             return await work(replica)
         except SpecpairError as error:
-            if is_lost(error):
+            if is_lost(error) or isinstance(error, _REFUSALS):
                 self.leave(replica)
             raise
 
     def leave(self, replica: Replica) -> None:
-        """A replica was lost: others go first now, and what it runs has to be asked again."""
+        """A replica is of no use now: others go first, and what it runs has to be asked again."""
         replica.identity = None
         self._next(replica)
 
@@ -124,17 +123,14 @@ class Replicas:
             try:
                 return await self.at(await self._beginning() if check else self._current, work)
             except SpecpairError as error:
-                if isinstance(error, (OverloadedError, UnauthenticatedError)) and tries < len(self._replicas):
-                    _log.warning("a target is passed over: %s", error)
-                    if not is_lost(error):
-                        self.skip()
+                refused = isinstance(error, _REFUSALS)
+                if tries < len(self._replicas) and (refused or is_lost(error)):
+                    if refused:
+                        _log.warning("a target is passed over: %s", error)
                     continue
-                if not is_lost(error) or isinstance(error, OverloadedError):
+                if refused or not is_lost(error) or self._identity is None:
                     raise
-                if tries >= len(self._replicas):
-                    if self._identity is None:
-                        raise
-                    await patience.wait(error)
+                await patience.wait(error)
         raise AssertionError("there is always another try")
 
     async def _beginning(self) -> Replica:

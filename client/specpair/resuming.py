@@ -39,6 +39,7 @@ class Way:
         self._within = within
         self._end: float | None = None
         self._replica: Replica | None = None
+        self._tried: Replica | None = None
         self._identity: Identity | None = None
 
     @property
@@ -77,13 +78,13 @@ class Way:
             except TimeoutError:
                 if not several:
                     break
-                self._replicas.skip()
+                if self._tried is not None:
+                    self._replicas.leave(self._tried)
                 error = UnavailableError("the target did not open the session in time")
             except UnauthenticatedError as refused:
                 if not several:
                     raise
                 _log.warning("a target is passed over: %s", refused)
-                self._replicas.skip()
                 error = UnavailableError(f"no target is left: {refused}")
             except SpecpairError as again:
                 error = again
@@ -101,6 +102,7 @@ class Way:
         found = replica.identity
         if self._identity not in (None, found):
             raise UnavailableError(f"the target at {replica.address} was replaced by another", reason=TARGET_CHANGED)
+        self._tried = replica
         opened = await self._replicas.at(replica, lambda there: open(there.target))
         self._replica, self._identity = replica, found
         return opened
