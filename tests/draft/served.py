@@ -7,7 +7,6 @@ import contextlib
 
 import grpc
 
-from specpair import errors
 from specpair.v1 import draft_pb2, draft_pb2_grpc
 from specpair_draft.config import DraftConfig
 from specpair_draft.servicer import DraftServicer
@@ -83,13 +82,3 @@ async def opened(stub, *requests):
 
 async def proposals(call, count):
     return [(await call.read()).proposal for _ in range(count)]
-
-
-async def failure(call):
-    """The error that a call ends with."""
-    try:
-        while await call.read() is not grpc.aio.EOF:
-            pass
-    except grpc.RpcError as failed:
-        return errors.from_rpc_error(failed)
-    raise AssertionError("it ended well")

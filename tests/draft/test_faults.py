@@ -13,8 +13,9 @@ from specpair import errors
 from specpair.v1 import common_pb2
 from specpair_runtime.serving import ServiceStatus
 
+from ..failing import failure
 from ..tiny import random_ids
-from .served import PROMPT, ask, conversation, failure, load, opened, proposals, start
+from .served import PROMPT, ask, conversation, load, opened, proposals, start
 
 SLOTS = 3
 # Nobody else gets as far as the victim begins.

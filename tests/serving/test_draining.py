@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from specpair import errors
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 
+from ..failing import failure
+
 INFO = target_pb2.TargetServiceGetModelInfoRequest()
 TEXT = target_pb2.TokenizeRequest(prompt=common_pb2.Prompt(text="x"))
 ENDLESS = target_pb2.GenerateRequest(prompt=common_pb2.Prompt(text="endless"))
@@ -36,16 +38,6 @@ def drain(service):
     return service.until(lambda: service.status.phase == common_pb2.PHASE_DRAINING)
 
 
-async def outcome(call):
-    """What a call ends with."""
-    try:
-        while await call.read() is not grpc.aio.EOF:
-            pass
-    except grpc.RpcError as failed:
-        return errors.from_rpc_error(failed)
-    raise AssertionError("it ended well")
-
-
 def is_draining(error):
     return isinstance(error, errors.UnavailableError) and error.reason == "DRAINING"
 
@@ -61,8 +53,8 @@ def test_new_calls_on_open_connections_are_refused_with_the_reason(running):
             with pytest.raises(grpc.RpcError) as failed:
                 await service.stub.Tokenize(TEXT)
             assert is_draining(errors.from_rpc_error(failed.value))
-            assert is_draining(await outcome(service.stub.Generate(ENDLESS)))
-            assert is_draining(await outcome(service.stub.Verify()))
+            assert is_draining(await failure(service.stub.Generate(ENDLESS)))
+            assert is_draining(await failure(service.stub.Verify()))
             health = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == NOT_SERVING
             assert (await service.stub.GetModelInfo(INFO)).info.phase == common_pb2.PHASE_DRAINING
@@ -84,7 +76,7 @@ def test_what_outlasts_the_grace_ends_as_draining(running):
             calls.append(service.stub.Generate(ENDLESS))
             await calls[-1].read()
             await drain(service)
-            outcomes = await asyncio.gather(*map(outcome, calls))
+            outcomes = await asyncio.gather(*map(failure, calls))
             assert all(map(is_draining, outcomes)), outcomes
             assert await asyncio.wait_for(service.task, 5) == 0
             assert service.servicer.open_sessions == 0
@@ -119,7 +111,7 @@ def test_a_failure_ends_calls_as_unavailable(running):
             session = await opened(service)
             await asyncio.to_thread(service.status.fail, "the engine died")
             assert (await watch.read()).status == NOT_SERVING
-            error = await outcome(session)
+            error = await failure(session)
             assert isinstance(error, errors.UnavailableError)
             assert error.reason == "FAILED"
             assert await asyncio.wait_for(service.task, 5) == 1
@@ -156,7 +148,7 @@ def test_calls_during_the_whole_drain(running):
             await drain(service)
             assert await asyncio.wait_for(service.task, 5) == 0
             await asyncio.gather(*callers)
-            assert is_draining(await outcome(session))
+            assert is_draining(await failure(session))
         assert set(seen) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
         # One for each connection, if any.
         assert seen.count(grpc.StatusCode.CANCELLED) <= 3
@@ -192,7 +184,7 @@ def test_an_old_connection_is_cut_after_its_grace(running):
     async def check():
         async with running(max_connection_age=0.2, max_connection_age_grace=0.2) as service:
             await ready(service)
-            assert isinstance(await outcome(await opened(service)), errors.UnavailableError)
+            assert isinstance(await failure(await opened(service)), errors.UnavailableError)
             await service.until(lambda: service.servicer.open_sessions == 0)
 
     asyncio.run(check())

@@ -7,12 +7,13 @@ import contextlib
 
 import grpc
 
-from specpair import errors
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair_runtime.serving import CallInterceptor, ServiceStatus
 from specpair_runtime.serving.identity import name_by_token
 from specpair_target.config import TargetConfig
 from specpair_target.servicer import TargetServicer
+
+from .. import failing
 
 WITHIN = 30  # seconds, for what must come
 DEFAULTS = {
@@ -103,9 +104,4 @@ async def generated(stub, ids, count, **options):
 
 async def failure(call):
     """The error that a call ends with, and its trailing metadata."""
-    try:
-        while await call.read() is not grpc.aio.EOF:
-            pass
-    except grpc.RpcError as failed:
-        return errors.from_rpc_error(failed), dict(failed.trailing_metadata())
-    raise AssertionError("it ended well")
+    return await failing.failure(call), dict(await call.trailing_metadata())
