@@ -11,6 +11,7 @@ from specpair.errors import ProtocolError
 from specpair.loop import Ask, Loop, Sent
 from specpair.messages import Block, Proposal, Started, Verdict
 from specpair.meter import Meter
+from specpair.pacing import Round
 from specpair.proposers import Proposer
 from specpair.transports import VerifyStream
 
@@ -47,8 +48,7 @@ class Chain:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await _end(self._asking)
-        await _end(self._receiving)
+        await _end(self._asking, self._receiving)
 
     @property
     def room(self) -> bool:
@@ -105,8 +105,8 @@ class Chain:
             raise ProtocolError("the target started twice")
         return message
 
-    def learn(self, sent: Sent, verdict: Verdict) -> None:
-        """What the verdict on a block tells those who choose lengths."""
+    def learn(self, sent: Sent, verdict: Verdict) -> Round:
+        """What the verdict on a block tells those who choose lengths; returns what the round amounts to."""
         round, trip = self._meter.verdict(sent, verdict)
         if self._plain and self._proposer.tempted(self._loop.token_ids, self._loop.limit):
             self._plain = 0
@@ -114,10 +114,12 @@ class Chain:
         if self._judged > 1:  # the first round on a stream includes the prefill, in a turn of both sides
             self._proposer.observe(round)
             self._depth.observe(round, trip, sent.proposal.draft_us if sent.proposal is not None else 0)
+        return round
 
 
-async def _end(task: asyncio.Task[Any] | None) -> None:
-    """Ends a task that nobody waits for any more."""
-    if task is not None:
+async def _end(*tasks: asyncio.Task[Any] | None) -> None:
+    """Ends tasks that nobody waits for any more: all of them, also if this is cancelled meanwhile."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    await asyncio.gather(*running, return_exceptions=True)

@@ -78,6 +78,7 @@ class Connection(Generic[S]):
         message = await self._stream.receive()
         if not isinstance(message, Started):
             raise ProtocolError("the target's first message is not `started`")
+        self._way.check(message)
         return message
 
 

@@ -78,6 +78,8 @@ class ModelInfo:
     version: str = ""
     proposers: tuple[Source, ...] = ()
     chat: bool = False
+    identity: str = ""
+    """Of a target: a digest of what decides its output besides the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ class Started:
     length: int
     max_block_tokens: int
     max_length: int
+    identity: str = ""
+    """As in ModelInfo."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,8 +187,9 @@ class ModelDraft:
         if self._starting:
             raise ProtocolError("the draft proposed before it started")
         expected = (self._round, self._index, len(self._told) + len(self._said))
-        if (answer.round, answer.index, answer.base_length) != expected:
-            raise ProtocolError(f"the draft answered round {answer.round} when asked for round {self._round}")
+        answered = (answer.round, answer.index, answer.base_length)
+        if answered != expected:
+            raise ProtocolError(f"the draft answered {answered} when asked for {expected}: round, index, base_length")
         self._on_answer()
         self._said += answer.token_ids
         self._index += 1

@@ -38,15 +38,18 @@ class Identity:
     verify_width: int
     max_length: int
     fingerprint: Fingerprint
+    digest: str
+    """Covers all the others, and what is in no other field: the weights, and what rounds."""
 
     def differences(self, other: Identity) -> str:
         """What the other one has instead, for people."""
-        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return ", ".join(
+        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        differing = ", ".join(
             "another fingerprint" if name == "fingerprint" else f"{name} {theirs} instead of {ours}"
             for name, ours, theirs in pairs
-            if ours != theirs
+            if ours != theirs and name != "digest"
         )
+        return differing or "other weights, software or hardware"
 
 
 @dataclass(eq=False, slots=True)
@@ -90,8 +93,8 @@ class Replicas:
         """The first replica, from the current one on, that runs what `identity` says, or what they ran so far if it is
         None. Raises UnavailableError if one cannot be asked, and with the reason TARGET_CHANGED if none does.
         """
-        for _ in self._replicas:
-            replica = self._current
+        first = self._replicas.index(self._current)  # others may move on meanwhile
+        for replica in self._replicas[first:] + self._replicas[:first]:
             if (found := replica.identity) is None:
                 found = await self.at(replica, self._identify)
             expected = identity or self._identity or found
@@ -156,7 +159,13 @@ class Replicas:
             raise UnavailableError(f"the target did not answer within {within:g} s") from None
         if info.phase is Phase.READY and info.fingerprint is not None:
             replica.identity = Identity(
-                info.model, info.dtype, info.quantization, info.verify_width, info.max_length, info.fingerprint
+                info.model,
+                info.dtype,
+                info.quantization,
+                info.verify_width,
+                info.max_length,
+                info.fingerprint,
+                info.identity,
             )
             self._identity = self._identity or replica.identity
         return info

@@ -15,6 +15,7 @@ from typing import TypeVar
 from specpair.backoff import Patience
 from specpair.errors import SpecpairError, UnauthenticatedError, UnavailableError
 from specpair.losses import TARGET_CHANGED, is_lost
+from specpair.messages import Started
 from specpair.replicas import Identity, Replica, Replicas
 from specpair.transports import TargetTransport
 
@@ -40,6 +41,7 @@ class Way:
         self._end: float | None = None
         self._replica: Replica | None = None
         self._tried: Replica | None = None
+        self._expected: Identity | None = None
         self._identity: Identity | None = None
 
     @property
@@ -94,6 +96,13 @@ class Way:
         """Opens the session where it can go on now, without waiting. Raises what the target raises."""
         return await self._at(await self._replicas.matching(self._identity), open)
 
+    def check(self, started: Started) -> None:
+        """Raises UnavailableError if a target that has just opened the session is not the one that was asked what it
+        runs: it was restarted as something else, or its address stands for several that differ.
+        """
+        if self._expected is not None and started.identity != self._expected.digest:
+            raise UnavailableError("the target that opened the session runs something else than the one that was asked")
+
     def progress(self) -> None:
         """The target is there and works."""
         self._patience.progress()
@@ -102,7 +111,7 @@ class Way:
         found = replica.identity
         if self._identity not in (None, found):
             raise UnavailableError(f"the target at {replica.address} was replaced by another", reason=TARGET_CHANGED)
-        self._tried = replica
+        self._tried, self._expected = replica, found
         opened = await self._replicas.at(replica, lambda there: open(there.target))
         self._replica, self._identity = replica, found
         return opened

@@ -261,6 +261,7 @@ def _started(started: target_pb2.SessionStarted) -> Started:
         length=started.length,
         max_block_tokens=started.max_block_tokens,
         max_length=started.max_length,
+        identity=started.identity,
     )
 
 

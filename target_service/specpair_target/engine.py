@@ -9,6 +9,7 @@ from uuid import uuid4
 import structlog
 
 from specpair.errors import InvalidRequestError, ProtocolError
+from specpair_runtime.models.output_identity import output_identity
 from specpair_runtime.models.profiling import profiler_of
 from specpair_runtime.models.ranks import Ranks
 from specpair_runtime.models.runner import ModelRunner
@@ -36,6 +37,7 @@ class Engine:
     ) -> None:
         self.model = model
         (self.width,) = model.widths
+        self.identity = output_identity(model, self.width)
         self.max_length = model.runner.max_length
         self.pool = SlotPool(config.slots, config.queue, config.queue_timeout, config.sessions_per_client)
         self._scheduler = Scheduler(

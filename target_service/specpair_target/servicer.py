@@ -70,6 +70,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         if self._engine is not None:
             describe_model(info, self._engine.model)
             info.verify_width = self._engine.width
+            info.identity = self._engine.identity
             info.slots_in_use = self._engine.pool.in_use
         return target_pb2.TargetServiceGetModelInfoResponse(info=info)
 
@@ -188,7 +189,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, "extend.prompt", session)
         kept = engine.extend(session, prompt, options)
         annotate(prompt_tokens=len(prompt.token_ids), cached_tokens=kept)
-        return wire.started(session, limits, kept)
+        return wire.started(session, limits, kept, engine.identity)
 
     def _submit(
         self, engine: Engine, session: Session, request: target_pb2.VerifyRequest
@@ -239,6 +240,6 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         session = await engine.open(prompt, committed, options, committed_field=committed_field, caller=caller)
         annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
         try:
-            yield session, wire.started(session, limits, 0)
+            yield session, wire.started(session, limits, 0, engine.identity)
         finally:
             engine.close(session)

@@ -201,7 +201,7 @@ def _read_distribution(
     return SparseProbs(ids, probs)
 
 
-def started(session: Session, limits: Limits, from_position: int) -> target_pb2.SessionStarted:
+def started(session: Session, limits: Limits, from_position: int, identity: str) -> target_pb2.SessionStarted:
     """The answer to the start of a turn whose prompt begins at `from_position`."""
     return target_pb2.SessionStarted(
         session_id=session.id,
@@ -210,6 +210,7 @@ def started(session: Session, limits: Limits, from_position: int) -> target_pb2.
         length=session.length,
         max_block_tokens=limits.block,
         max_length=limits.max_length,
+        identity=identity,
     )
 
 

@@ -215,7 +215,8 @@ class FakeStream:
 class FakeTarget:
     """A target service. `falsify` may replace a verdict, `falsify_started` the start of a later turn; `fails_after`
     rounds every stream breaks. In place of the messages that `breaks` names, counted from 0 over all streams, the
-    stream breaks with that error. `runs` is what ModelInfo says besides."""
+    stream breaks with that error. `runs` is what
+    ModelInfo says besides, and the stream as far as it says it."""
 
     fingerprint: Fingerprint | None = FINGERPRINT
     phase: Phase = Phase.READY
@@ -258,7 +259,8 @@ class FakeTarget:
         return target, replace(started, length=len(target.log))
 
     def _started(self, target: Target, kept: int) -> Started:
-        return Started("s1", tuple(target.log[kept:]), kept, len(target.log), self.width - 1, self.max_length)
+        shape = (len(target.log), self.width - 1, self.max_length)
+        return Started("s1", tuple(target.log[kept:]), kept, *shape, str(self.runs.get("identity", "")))
 
     async def verify(self, start: Start, within: float | None = None) -> FakeStream:
         target, started = self._open(start)

@@ -130,6 +130,29 @@ class TestTwoTargets:
         assert f"the target at target:1 has {'another fingerprint' if field == 'fingerprint' else field}" in caplog.text
         assert "passed over" in caplog.text
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_one_that_was_replaced_while_nobody_looked(self, mode):
+        """What a client learnt of a target before it was restarted lets no session go on there with another model: the
+        session's first message says so, and the target that runs what it began with has it again."""
+        undisturbed = generate(FakeTarget())
+        one, other = FakeTarget(runs={"identity": "one"}), FakeTarget(runs={"identity": "one"})
+
+        async def run():
+            async with client(None, mode=mode, targets=[one, other], chain=0) as opened:
+                stream = opened.stream(PROMPT, PARAMS)
+                await anext(stream)
+                one.breaks = {one.messages + 1: GONE}
+                assert (await opened.generate(PROMPT, PARAMS)).stats.resumes == 1  # and the other one is known from now
+                other.runs = {"identity": "two"}
+                one.breaks = {one.messages: GONE}
+                async for _ in stream:
+                    pass
+                assert other.streams[-1].cancelled
+                assert (len(one.streams), len(other.streams)) == (3, 2)
+                return stream.result
+
+        check(asyncio.run(run()), undisturbed)
+
     def test_no_address_left(self):
         """If all targets run something else than the session began with, that is the error."""
         own, foreign = FakeTarget(breaks={3: GONE}), FakeTarget(runs={"dtype": "fp32"})
@@ -193,6 +216,27 @@ class TestBack:
             with pytest.raises(UnavailableError, match="has another fingerprint") as changed:
                 asyncio.run(run())
             assert changed.value.reason == "TARGET_CHANGED"
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_as_something_else_while_nobody_looked(self, mode, caplog):
+        """A channel connects again by itself. The first message of a session says what runs there now, and the next one
+        begins with that, or does not begin where the same ids mean something else."""
+        target = FakeTarget(runs={"identity": "one"})
+
+        async def run():
+            async with client(target, mode=mode) as opened:
+                await opened.generate(PROMPT, PARAMS)
+                target.runs = {"identity": "two"}
+                result = await opened.generate(PROMPT, PARAMS)
+                assert list(result.token_ids) == continuation(PROMPT, COUNT)
+                target.runs = {"identity": "three"}
+                target.fingerprint = OTHER
+                with pytest.raises(UnavailableError, match="has another fingerprint") as changed:
+                    await opened.generate(PROMPT, PARAMS)
+                assert changed.value.reason == "TARGET_CHANGED"
+
+        asyncio.run(run())
+        assert "has other weights, software or hardware; new sessions begin with that" in caplog.text
 
     @pytest.mark.parametrize("mode", MODES)
     def test_before_something_begins(self, mode):

@@ -7,8 +7,9 @@ import random
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from specpair import SamplingParams, SpeculativeClient
+from specpair import SamplingParams, SpeculativeClient, UnavailableError
 
 from ..amounts import runs
 from .conftest import BF16_LENGTH, FP32_LENGTH
@@ -181,3 +182,36 @@ def test_sessions(conversing, draft):
     # Behind the accident both sessions are on the cache again.
     assert all(result.stats.cached_tokens > 0 for result in results[4:])
     conversing.wait_until_free()
+
+
+def test_another_model_at_the_same_place(launch, tmp_path, prompt, caplog):
+    """A target that is started again with other weights under the same name: a generation that was under way ends with
+    the typed error, and one that begins later is the new model's, also where the client was idle meanwhile."""
+    model = tmp_path / "target"
+    shutil.copytree(DEMO / "target", model)
+    target = launch("target", f"--model={model}", "--slots=2", f"--max-length={BF16_LENGTH}")
+
+    def retrained():
+        weights = load_file(model / "model.safetensors")
+        save_file(
+            {name: tensor * 1.25 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"}
+        )
+        target.kill()
+        target.restart()
+        assert target.address
+
+    async def generations():
+        async with SpeculativeClient(target.address, "none", connect_timeout=PATIENCE) as client:
+            before = await client.generate(prompt, GREEDY)
+            await asyncio.to_thread(retrained)
+            after = await client.generate(prompt, GREEDY)
+            async with SpeculativeClient(target.address, "none") as fresh:
+                assert said(after) == said(await fresh.generate(prompt, GREEDY))
+            with pytest.raises(UnavailableError, match="has other weights") as changed:
+                await interrupted(client, prompt, GREEDY, 20, lambda: asyncio.to_thread(retrained))
+            assert changed.value.reason == "TARGET_CHANGED"
+        return before, after
+
+    before, after = run(generations(), within=2 * PATIENCE)
+    assert before.token_ids != after.token_ids
+    assert "has other weights, software or hardware; new sessions begin with that" in caplog.text

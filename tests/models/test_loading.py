@@ -49,6 +49,27 @@ def copy(tiny, tmp_path):
     return tmp_path / "copy"
 
 
+def test_weights_are_known_by_their_digest(copy):
+    """The same for the same checkpoint, however often it is loaded; another one as soon as any tensor has other
+    numbers."""
+    first = load_model(LoadOptions(str(copy), dtype="fp32"))
+    torch.manual_seed(99)
+    assert load_model(LoadOptions(str(copy), dtype="fp32")).weights_sha256 == first.weights_sha256
+    weights = load_file(copy / "model.safetensors")
+    for name in weights:
+        changed = {**weights, name: weights[name] + 1e-3}
+        save_file(changed, copy / "model.safetensors", {"format": "pt"})
+        assert load_model(LoadOptions(str(copy), dtype="fp32")).weights_sha256 != first.weights_sha256, name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "int8wo"])
+def test_quantized_weights_have_a_digest_of_their_own(tiny, quantization):
+    """Which does not vary from load to load."""
+    digests = {load_model(LoadOptions(tiny.path("llama"), quantization=quantization)).weights_sha256 for _ in range(2)}
+    assert len(digests) == 1
+    assert digests != {load_model(LoadOptions(tiny.path("llama"))).weights_sha256}
+
+
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/nowhere", "no/such/directory"])
 def test_a_directory_that_is_not_there(model):
     """It is refused at once as a directory: no hub is asked."""

@@ -319,7 +319,7 @@ def session_of(tokens, prompt_length):
 
 def test_a_start_is_answered_with_the_state_of_the_session():
     """The prompt's ids, how many tokens the slot held before, and where the next block begins."""
-    answer = wire.started(session_of([1, 2, 3, 4], 3), LIMITS, 1)
+    answer = wire.started(session_of([1, 2, 3, 4], 3), LIMITS, 1, "ab")
     assert answer == target_pb2.SessionStarted(
         session_id="s",
         prompt_token_ids=[2, 3],
@@ -327,6 +327,7 @@ def test_a_start_is_answered_with_the_state_of_the_session():
         length=4,
         max_block_tokens=BLOCK,
         max_length=LENGTH,
+        identity="ab",
     )
 
 

@@ -638,6 +638,7 @@ class ModelInfo(_message.Message):
     PROPOSERS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     PARALLEL_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Directory or hub id, as configured. Empty for a draft service without a model."""
     phase: Global___Phase.ValueType
@@ -669,6 +670,11 @@ class ModelInfo(_message.Message):
     """Whether the tokenizer has a chat template."""
     parallel: _builtins.int
     """Processes that hold a part of the weights each; 1 where one holds all."""
+    identity: _builtins.str
+    """Digest of what decides a target's output besides the request: weights, vocabulary, formats, verify_width,
+    max_length, and the software and hardware that round. Targets with the same one say the same. Empty until the model
+    is loaded, and on a draft service.
+    """
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint:
         """Absent until the tokenizer is loaded, and on a draft service without a model."""
@@ -701,10 +707,11 @@ class ModelInfo(_message.Message):
         proposers: _abc.Iterable[Global___Source.ValueType] | None = ...,
         chat: _builtins.bool = ...,
         parallel: _builtins.int = ...,
+        identity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attn_implementation", b"attn_implementation", "chat", b"chat", "compiled", b"compiled", "detail", b"detail", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_length", b"max_length", "model", b"model", "parallel", b"parallel", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "proposers", b"proposers", "quantization", b"quantization", "recompilations", b"recompilations", "slots", b"slots", "slots_in_use", b"slots_in_use", "verify_width", b"verify_width", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attn_implementation", b"attn_implementation", "chat", b"chat", "compiled", b"compiled", "detail", b"detail", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "identity", b"identity", "max_length", b"max_length", "model", b"model", "parallel", b"parallel", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "proposers", b"proposers", "quantization", b"quantization", "recompilations", b"recompilations", "slots", b"slots", "slots_in_use", b"slots_in_use", "verify_width", b"verify_width", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,6 +200,7 @@ class SessionStarted(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     MAX_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     cached_tokens: _builtins.int
     """Tokens of the session that stay and are in the KV cache already; 0 on `start`."""
@@ -209,6 +210,10 @@ class SessionStarted(_message.Message):
     """Most token ids that a block may carry."""
     max_length: _builtins.int
     """KV cache positions of the slot."""
+    identity: _builtins.str
+    """That of ModelInfo: whoever resumes a session sees at once whether this target goes on as the last one would have,
+    also where an address stands for several, or the one there was replaced.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the prompt was tokenized to, from position cached_tokens on: on `extend`, everything that is new. A chat may
@@ -224,10 +229,11 @@ class SessionStarted(_message.Message):
         length: _builtins.int = ...,
         max_block_tokens: _builtins.int = ...,
         max_length: _builtins.int = ...,
+        identity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "length", b"length", "max_block_tokens", b"max_block_tokens", "max_length", b"max_length", "prompt_token_ids", b"prompt_token_ids", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "identity", b"identity", "length", b"length", "max_block_tokens", b"max_block_tokens", "max_length", b"max_length", "prompt_token_ids", b"prompt_token_ids", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

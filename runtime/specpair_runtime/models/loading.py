@@ -24,6 +24,7 @@ from specpair_runtime.models.parallel import check_splittable, distributed_confi
 from specpair_runtime.models.quantize import quantize_linears
 from specpair_runtime.models.ranks import Ranks
 from specpair_runtime.models.tokenizers import VocabularyFingerprint, fingerprint, load_tokenizer
+from specpair_runtime.models.weights_digest import weights_digest
 
 __all__ = ["LoadOptions", "LoadedModel", "check_causal", "check_length", "check_split", "load_config", "load_model"]
 
@@ -41,6 +42,8 @@ class LoadedModel:
     options: LoadOptions
     parameters: int
     """Those of the checkpoint, whatever they are packed into."""
+    weights_sha256: str
+    """A digest that changes with the weights."""
 
     @property
     def max_positions(self) -> int | None:
@@ -109,7 +112,7 @@ def load_model(options: LoadOptions, ranks: Ranks | None = None) -> LoadedModel:
         quantize_linears(model, options.quantization)
     model.eval()
     tokenizer = load_tokenizer(options.model)
-    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters)
+    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters, weights_digest(model))
 
 
 def check_split(options: LoadOptions, ranks: Ranks) -> None:
