@@ -20,6 +20,9 @@ from specpair.errors import (
 
 __all__ = ["exit_code", "main"]
 
+# What the extra brings.
+_EXTRA = ("platformdirs", "prompt_toolkit", "rich", "typer")
+
 _EXIT_CODES: dict[type[SpecpairError], int] = {
     InvalidRequestError: 2,
     DraftMismatchError: 2,
@@ -34,12 +37,12 @@ def main() -> None:
     """Runs the command and ends the process."""
     try:
         from specpair.commands import app
+
+        app()
     except ModuleNotFoundError as missing:
-        if missing.name not in ("typer", "rich"):
+        if (missing.name or "").partition(".")[0] not in _EXTRA:
             raise
         _fail("the specpair command needs the extra cli: pip install 'specpair[cli]'", 2)
-    try:
-        app()
     except SpecpairError as error:
         _fail(str(error), exit_code(error))
     except KeyboardInterrupt:

@@ -5,67 +5,58 @@ There is none that takes a token itself: what stands on a command line can be re
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from specpair.credentials import Credentials
 
-__all__ = ["Connecting", "connects"]
+__all__ = ["Connecting"]
 
 _PANEL = "Security"
 
 
-def _file(flag: str, variable: str | None, text: str) -> Any:  # noqa: ANN401 - typer's own
-    return typer.Option(flag, metavar="FILE", envvar=variable, help=text, show_default=False, rich_help_panel=_PANEL)
+def _file(flag: str, text: str) -> Any:  # noqa: ANN401 - typer's own
+    return typer.Option(flag, metavar="FILE", help=text, show_default=False, rich_help_panel=_PANEL)
 
 
-def _choice(flags: str, variable: str | None, text: str) -> Any:  # noqa: ANN401
-    return typer.Option(flags, envvar=variable, help=text, show_default=False, rich_help_panel=_PANEL)
+def _choice(flags: str, text: str) -> Any:  # noqa: ANN401
+    return typer.Option(flags, help=text, show_default=False, rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True)
 class Connecting:
-    """The options as given; each field is one. Those of the draft have no environment variables, which would read like
-    the draft service's own."""
+    """The options as given; each field is one."""
 
     tls: Annotated[
         bool | None,
-        _choice("--tls/--no-tls", "SPECPAIR_TLS", "Use TLS; default: if another option asks for it."),
+        _choice("--tls/--no-tls", "Use TLS; default: if another option asks for it."),
     ] = None
-    tls_ca: Annotated[Path | None, _file("--tls-ca", "SPECPAIR_TLS_CA", "CAs to trust, PEM.")] = None
-    tls_cert: Annotated[Path | None, _file("--tls-cert", "SPECPAIR_TLS_CERT", "Client certificate, PEM.")] = None
-    tls_key: Annotated[Path | None, _file("--tls-key", "SPECPAIR_TLS_KEY", "Its private key, PEM.")] = None
+    tls_ca: Annotated[Path | None, _file("--tls-ca", "CAs to trust, PEM.")] = None
+    tls_cert: Annotated[Path | None, _file("--tls-cert", "Client certificate, PEM.")] = None
+    tls_key: Annotated[Path | None, _file("--tls-key", "Its private key, PEM.")] = None
     tls_server_name: Annotated[
         str | None,
         typer.Option(
             "--tls-server-name",
             metavar="NAME",
-            envvar="SPECPAIR_TLS_SERVER_NAME",
             help="Name in the services' certificate, where it is not the address's.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
     ] = None
-    token_file: Annotated[Path | None, _file("--token-file", "SPECPAIR_TOKEN_FILE", "File with a bearer token.")] = None
-    insecure_token: Annotated[
-        bool, _choice("--insecure-token", "SPECPAIR_INSECURE_TOKEN", "Send it in plain text to other machines too.")
-    ] = False
+    token_file: Annotated[Path | None, _file("--token-file", "File with a bearer token.")] = None
+    insecure_token: Annotated[bool, _choice("--insecure-token", "Send it in plain text to other machines too.")] = False
     draft_tls: Annotated[
         bool | None,
-        _choice("--draft-tls/--no-draft-tls", None, "TLS to the draft; default: as to the target."),
+        _choice("--draft-tls/--no-draft-tls", "TLS to the draft; default: as to the target."),
     ] = None
-    draft_tls_ca: Annotated[Path | None, _file("--draft-tls-ca", None, "The draft's CAs; default: the target's.")] = (
-        None
-    )
+    draft_tls_ca: Annotated[Path | None, _file("--draft-tls-ca", "The draft's CAs; default: the target's.")] = None
     draft_token_file: Annotated[
         Path | None,
-        _file("--draft-token-file", None, "The draft's token; default: the target's."),
+        _file("--draft-token-file", "The draft's token; default: the target's."),
     ] = None
 
     @property
@@ -96,33 +87,3 @@ class Connecting:
             server_name=self.tls_server_name,
             tls=True,
         )
-
-
-def connects(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command these options in place of its parameter `connecting`."""
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        given.replace(annotation=hints[name])
-        for name, given in inspect.signature(command).parameters.items()
-        if name != "connecting"
-    ]
-    annotations = get_type_hints(Connecting, include_extras=True)
-    added = [
-        inspect.Parameter(
-            option.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=option.default,
-            annotation=annotations[option.name],
-        )
-        for option in fields(Connecting)
-    ]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:  # noqa: ANN401
-        options = {option.name: given.pop(option.name) for option in fields(Connecting)}
-        command(**given, connecting=Connecting(**options))
-
-    del run.__wrapped__  # typer would read the signature from there
-    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
-    return run

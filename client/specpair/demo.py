@@ -18,7 +18,8 @@ from rich.text import Text
 from specpair.client import SpeculativeClient
 from specpair.errors import InternalError, InvalidRequestError
 from specpair.params import SamplingParams
-from specpair.rendering import StreamPrinter, legend, stderr, stdout, summary
+from specpair.phases import showing
+from specpair.rendering import StreamPrinter, legend, status, stdout, summary
 from specpair.results import Result
 from specpair.services import Service, started
 
@@ -110,9 +111,8 @@ def run(options: Options) -> None:
 
 
 async def _demonstrate(options: Options, examples: Sequence[Example], target: Service, draft: Service) -> None:
-    with stderr.status("starting both services") as status:
-        for service in (target, draft):
-            await service.wait(status.update)
+    with showing(lines=False) as show:
+        await asyncio.gather(*(service.wait(show) for service in (target, draft)))
     async with SpeculativeClient(target.address, "none") as alone, SpeculativeClient(
         target.address, draft.address
     ) as pair:  # fmt: skip
@@ -157,10 +157,10 @@ async def _compare(
 ) -> Comparison:
     """Alone, pair, alone, pair: what else happens on the machine happens to both."""
     comparison = Comparison([], [])
-    with stderr.status("measuring") as status:
+    with status("measuring") as tell:
         for repeat in range(options.repeats):
             for example in examples:
-                status.update(f"measuring: run {repeat + 1} of {options.repeats}, {example.name}")
+                tell(f"measuring: run {repeat + 1} of {options.repeats}, {example.name}")
                 comparison.alone.append(await alone.generate(example.text, params))
                 comparison.pair.append(await pair.generate(example.text, params))
     return comparison

@@ -32,9 +32,13 @@ class MemoryPlan:
     max_length: int
     formats: tuple[Format, ...]
     fits: dict[int, dict[str, int]]
+    parallel: int = 1
+    """Processes that share the model; all figures are for one of them."""
 
 
-def plan(model: str, *, max_length: int | None = None, memory: Sequence[str] = ()) -> MemoryPlan:
+def plan(
+    model: str, *, max_length: int | None = None, memory: Sequence[str] = (), parallel: int | None = None
+) -> MemoryPlan:
     """The plan for a directory or hub id and memory sizes such as "24GB".
 
     Raises ModelLoadError with the runtime's own words for what it refuses, and if it is not installed.
@@ -42,6 +46,8 @@ def plan(model: str, *, max_length: int | None = None, memory: Sequence[str] = (
     flags = [f"--gpu={size}" for size in memory]
     if max_length is not None:
         flags.append(f"--max-length={max_length}")
+    if parallel is not None:
+        flags.append(f"--parallel={parallel}")
     done = subprocess.run(
         [sys.executable, "-m", "specpair_runtime.plan", *flags, "--", model],
         stdin=subprocess.DEVNULL,

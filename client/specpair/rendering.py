@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -18,7 +20,11 @@ from specpair.messages import ModelInfo
 from specpair.results import Chunk, PositionExplanation, Result, Source, Stats
 
 __all__ = [
+    "PLAIN",
+    "STYLES",
     "StreamPrinter",
+    "console",
+    "decorated",
     "explanation_object",
     "explanation_table",
     "info_table",
@@ -26,19 +32,71 @@ __all__ = [
     "plan_summary",
     "plan_table",
     "result_object",
+    "status",
     "stderr",
     "stdout",
     "summary",
+    "tally",
+    "visible",
 ]
 
-stdout = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+# See https://no-color.org; here nothing else that a terminal would interpret is written then either.
+PLAIN = bool(os.environ.get("NO_COLOR"))
 
-_STYLES = {
+
+def console(*, error: bool = False, soft_wrap: bool = True) -> Console:
+    """A console for stdout or stderr that shows text as it is."""
+    return Console(
+        stderr=error,
+        color_system=None if PLAIN else "auto",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=soft_wrap,
+    )
+
+
+stdout = console()
+stderr = console(error=True)
+
+
+def decorated(where: Console) -> bool:
+    """Whether colours and lines that are redrawn in place are wanted there: on a terminal, without NO_COLOR."""
+    return where.is_terminal and not PLAIN
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """What shows what is being done, inside the block, where somebody watches stderr."""
+    if not decorated(stderr):
+        yield lambda now: None
+        return
+    with stderr.status(text) as shown:
+        yield shown.update
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: characters that would control it are shown by signs that stand for them."""
+    return text.translate(_CONTROLS)
+
+
+STYLES = {
     Source.MODEL: Style(color="green"),
     Source.NGRAM: Style(color="cyan"),
     Source.PREDICTION: Style(color="magenta"),
     Source.TARGET: Style(),
+}
+# All control characters but tab and newline: pictures of them, or, behind ASCII, the sign for what cannot be shown.
+_CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
+    **dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+    0x7F: "\N{SYMBOL FOR DELETE}",
+}
+_SHORT = {
+    Source.MODEL: "draft model",
+    Source.NGRAM: "prompt lookup",
+    Source.PREDICTION: "prediction",
+    Source.TARGET: "target",
 }
 _MEANING = {
     Source.MODEL: "proposed by the draft model, accepted",
@@ -60,8 +118,8 @@ class StreamPrinter:
             text = token.text
             if self._ids:
                 text, self._first = str(token.id) if self._first else f" {token.id}", False
-            if self._console.is_terminal:
-                self._console.print(Text(text, _STYLES[token.source]), end="")
+            if decorated(self._console):
+                self._console.print(Text(visible(text), STYLES[token.source]), end="")
             else:
                 self._console.file.write(text)  # rich would replace tabs and other control characters
         self._console.file.flush()
@@ -73,7 +131,7 @@ class StreamPrinter:
 
 def legend() -> Text:
     """What the colours mean."""
-    parts = [Text.assemble(("■ ", _STYLES[source]), meaning) for source, meaning in _MEANING.items()]
+    parts = [Text.assemble(("■ ", STYLES[source]), meaning) for source, meaning in _MEANING.items()]
     return Text("   ").join(parts)
 
 
@@ -90,6 +148,20 @@ def summary(stats: Stats) -> str:
     for change in stats.proposer_changes:
         line += f"; {change.proposer} from round {change.round}: {change.reason}"
     return line
+
+
+def tally(stats: Stats) -> Text:
+    """How a generation goes: tokens by who proposed them, in their colours, and the speed."""
+    shown = Text(style="dim")
+    for source, style in STYLES.items():
+        own = (
+            stats.output_tokens - stats.accepted if source is Source.TARGET else stats.accepted_by_source.get(source, 0)
+        )
+        if own:
+            shown.append("■ ", style).append(f"{own} {_SHORT[source]}  ")
+    if stats.proposed:
+        shown.append(f"{stats.accepted} of {stats.proposed} proposals accepted ({stats.acceptance_rate:.0%})  ")
+    return shown.append(f"{stats.tokens_per_second:.1f} tokens/s")
 
 
 def result_object(result: Result) -> dict[str, object]:
@@ -190,6 +262,8 @@ def plan_summary(plan: MemoryPlan) -> str:
     """What the model is, and what the table assumes."""
     line = f"{plan.model}: {plan.architecture}, {plan.parameters / 1e9:.2f} billion parameters"
     line += f"; a slot holds {plan.max_length} positions"
+    if plan.parallel > 1:
+        line += f"; shared by {plan.parallel} processes, of which one takes this"
     return line + ("; a tenth of a GPU is left to activations and the framework" if plan.fits else "")
 
 
@@ -238,6 +312,7 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "compiled": "yes" if info.compiled else "no",
         "verify width": str(info.verify_width or ""),
         "max length": str(info.max_length or ""),
+        "processes": str(info.parallel or ""),
         "slots": f"{info.slots_in_use} of {info.slots} in use",
         "proposers": ", ".join(info.proposers),
         "vocabulary": f"{fingerprint.vocabulary_size} ({fingerprint.vocabulary_sha256[:12]})" if fingerprint else "",

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from specpair.errors import ModelLoadError, SpecpairError
+from specpair.errors import ModelLoadError
 from specpair.grpc_transports import GrpcDraft, GrpcTarget
+from specpair.messages import Phase
+from specpair.waiting import Sight, Waited
 
 __all__ = ["Service", "started"]
 
@@ -42,30 +44,22 @@ class Service:
             env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", **_environment(name)},
         )
 
-    async def wait(self, progress: Callable[[str], None]) -> None:
-        """Waits until the service serves; calls `progress` with a line on its phase.
+    async def wait(self, show: Callable[[Waited, Sight], None]) -> None:
+        """Waits until the service serves; `show` is told how far it is.
 
         Raises ModelLoadError with the service's own last words if it ends instead.
         """
         probe = self._probe(self.address)
+        waited = Waited(self.name, self.address, probe)
         try:
-            while not await self._serves(probe, progress):
+            while (sight := await waited.look()).phase is not Phase.READY:
+                show(waited, sight if sight.phase is not None else Sight(None, detail="starting"))
                 if self._process.poll() is not None:
                     raise ModelLoadError(f"the {self.name} ended with code {self._process.returncode}: {self._words()}")
                 await asyncio.sleep(0.1)
+            show(waited, sight)
         finally:
             await probe.close()
-
-    async def _serves(self, probe: GrpcTarget | GrpcDraft, progress: Callable[[str], None]) -> bool:
-        try:
-            if await probe.healthy(2.0):
-                return True
-            info = await probe.info(2.0)
-        except SpecpairError:
-            progress(f"{self.name}: starting")
-        else:
-            progress(f"{self.name}: {info.phase} {info.progress:.0%} {info.detail}")
-        return False
 
     def terminate(self) -> None:
         """Asks the process to stop."""

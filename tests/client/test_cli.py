@@ -29,6 +29,7 @@ from specpair.explaining import continuation_ids
 from specpair.messages import Start
 from specpair.rendering import result_object
 
+from .commanding import command
 from .fakes import VOCABULARY, continuation, text_of
 from .loopback import DraftServicer, TargetServicer, serving
 
@@ -41,18 +42,6 @@ EXPECTED = continuation(PROMPT_IDS, 30)
 def address():
     with serving(TargetServicer(), DraftServicer()) as opened:
         yield opened
-
-
-def command(*arguments, stdin=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "specpair.cli", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **environment},
-        check=False,
-    )
 
 
 def generate(address, *arguments, **others):
@@ -239,6 +228,7 @@ PLAN = {
     "max_length": 512,
     "formats": [{"name": "bf16", "weights": 14_483_464_448, "slot": 67_108_864}],
     "fits": {"24000000000": {"bf16": 106}, "85899345920": {"bf16": 936}},
+    "parallel": 1,
 }
 
 

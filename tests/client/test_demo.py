@@ -144,7 +144,7 @@ def test_a_service_that_does_not_stop_is_killed(install, monkeypatch):
     monkeypatch.setattr(services, "_GRACE", 0.3)
     others = own_children()
     with services.started([], []) as pair:
-        asyncio.run(pair[0].wait(lambda _: None))
+        asyncio.run(pair[0].wait(lambda *_: None))
         pids = own_children() - others
         end = time.monotonic() + 20
         while pair[1]._words() != "no" and time.monotonic() < end:
@@ -157,5 +157,5 @@ def test_both_services_end_with_the_block(install):
     """Also when the block raises."""
     install(specpair_target=BROKEN)
     with pytest.raises(ModelLoadError, match="no such directory"), services.started([], []) as (target, draft):
-        asyncio.run(target.wait(lambda _: None))
+        asyncio.run(target.wait(lambda *_: None))
     assert draft._process.returncode is not None

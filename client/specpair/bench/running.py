@@ -24,7 +24,7 @@ from specpair.errors import InternalError, InvalidRequestError
 from specpair.grpc_transports import GrpcDraft
 from specpair.messages import ModelInfo
 from specpair.params import SamplingParams
-from specpair.rendering import stderr, stdout
+from specpair.rendering import status, stderr, stdout
 
 __all__ = ["Options", "Outcome", "numbers", "plot", "report", "rounded", "run", "run_sweeps"]
 
@@ -89,8 +89,8 @@ def run(options: Options) -> None:
     if unknown := [name for name in options.sweeps if name not in sweeps.NAMES]:
         known = ", ".join(sweeps.NAMES)
         raise InvalidRequestError(f"no sweep is called {unknown[0]!r}; there are {known}", field="sweeps")
-    with stderr.status("connecting") as status:
-        outcome = asyncio.run(run_sweeps(options, status.update))
+    with status("connecting") as tell:
+        outcome = asyncio.run(run_sweeps(options, tell))
     if options.as_json:
         print(json.dumps(report(options, outcome)))
     else:

@@ -1,4 +1,4 @@
-"""The command line of `specpair bench`."""
+"""`specpair bench`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from specpair.bench import running, sweeps
-from specpair.client import DEFAULT_DRAFT, DEFAULT_TARGET
+from specpair.commands.options import Draft, Target
 from specpair.connecting import Connecting
 from specpair.errors import InvalidRequestError
+from specpair.naming import DEFAULT_DRAFT, DEFAULT_TARGET
 
 __all__ = ["bench"]
 
@@ -18,8 +19,8 @@ _List = "A,B,..."
 
 
 def bench(
-    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the target service.")] = DEFAULT_TARGET,
-    draft: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the draft service.")] = DEFAULT_DRAFT,
+    target: Target = DEFAULT_TARGET,
+    draft: Draft = DEFAULT_DRAFT,
     sweep: Annotated[str, typer.Option("--sweeps", metavar=_List, help="What to vary.", show_default="all")] = ",".join(
         sweeps.NAMES
     ),

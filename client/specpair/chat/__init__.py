@@ -1,0 +1,1 @@
+"""`specpair chat`: a conversation on one session, with or without a terminal."""
