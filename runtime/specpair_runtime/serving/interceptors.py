@@ -1,4 +1,4 @@
-"""Around every call: a request id, exceptions turned into statuses, and one log line at the end."""
+"""Around every call: a request id, exceptions turned into statuses, one log line at the end, and a span if traced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import asyncio
 import inspect
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,36 +16,32 @@ import structlog
 from grpc_status import rpc_status
 
 from specpair.errors import PUSHBACK, REQUEST_ID, InternalError, SpecpairError, to_status
+from specpair.request_ids import request_id_of
 from specpair_runtime.serving.attended import expired
 from specpair_runtime.serving.calls import Calls
 from specpair_runtime.serving.decoding import decoding
 from specpair_runtime.serving.identity import identify
+from specpair_runtime.serving.record import CallRecord
+from specpair_runtime.serving.tracing import FAULTS, Tracing
 
-# A caller's id goes into logs and metadata: no more than this is taken over.
-_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # Health probes and tools: what they ask is of no interest until something is wrong.
 _HEALTH = "/grpc.health."
 _QUIET = (_HEALTH, "/grpc.reflection.")
 # Answered in every phase, the drain included.
 _INFO = "/GetModelInfo"
 
-_CANCELLATION_LAG = 0.001  # seconds
-_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+# In the path of a field: a number there may be a token id.
+_INDEX = re.compile(r"\[\d+\]")
 
-_annotations: ContextVar[dict[str, str | int | float | bool] | None] = ContextVar("annotations", default=None)
+_CANCELLATION_LAG = 0.001  # seconds
+_NUMBERS = {code.name: code.value[0] for code in grpc.StatusCode}
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler = Callable[[Any, _Context], Any]
 
-
-def annotate(**fields: str | int | float | bool) -> None:
-    """Adds fields to the log line of the current call; does nothing outside of one.
-
-    Counts, durations and names only: no prompt, no generated text, no token ids.
-    """
-    annotations = _annotations.get()
-    if annotations is not None:
-        annotations.update(fields)
+Ended = Callable[[str, str, float, str], None]
+"""Is told of every call at its end: method, status, seconds, and the reason of a refusal or failure, if it has one."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -57,16 +51,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     - Any other exception ends it with INTERNAL and a text that names the request id alone; the traceback is logged.
     - The request id comes from the metadata `x-request-id` or is made up; it stands on every log line of the call and
       goes back in the trailing metadata. Not in the initial metadata: those sent early would end gRPC's own retries.
-    - One line per call is logged at its end: method, peer, status, seconds, and what the handler said to `annotate`.
+    - One line per call is logged at its end: method, peer, status, seconds, the reason of an error that has one, and
+      what was said to the call's record (`specpair_runtime.serving.record`). docs/logging.md lists all fields.
+    - With `tracing` a call is a span with the same fields, and its log lines have the `trace_id`.
     - Calls are counted in `calls`, which refuses them from the drain on and ends those that are left; health is not.
     - Bytes that are no message end it with INVALID_ARGUMENT and the reason MALFORMED_MESSAGE.
+    - `ended` is told of every call at its end, those that are denied included.
     - A response that the client does not take within `patience` seconds ends the call with UNAVAILABLE and the reason
       SESSION_EXPIRED; 0 waits for ever.
     """
 
-    def __init__(self, calls: Calls | None = None, patience: float = 0.0) -> None:
+    def __init__(
+        self,
+        calls: Calls | None = None,
+        patience: float = 0.0,
+        ended: Ended = lambda *_: None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._calls = calls or Calls()
         self._patience = patience or None
+        self._ended = ended
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -92,7 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         # grpc's types know no handler that is a coroutine, nor one that writes to its context instead of yielding.
         async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401
-            return await _call(method, answer, request, context)
+            return await _call(method, answer, request, context, self._ended, self._tracing)
 
         return call
 
@@ -115,16 +120,24 @@ async def _call(
     answer: Callable[[Any, _Context], Awaitable[Any]],
     request: Any,  # noqa: ANN401
     context: _Context,
+    ended: Ended,
+    tracing: Tracing | None,
 ) -> Any:  # noqa: ANN401
     request_id = _request_id(context)
     # grpc.aio runs every call in a task of its own, so nothing has to be unbound.
     structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
     if caller := identify(context):
         structlog.contextvars.bind_contextvars(caller=caller)
-    _annotations.set({})
+    record = CallRecord.open()
+    quiet = method.startswith(_QUIET)
+    span = None
+    if tracing is not None and not quiet:
+        span = tracing.grpc_call(method, context.invocation_metadata(), request_id)
+        structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
     log = structlog.get_logger("specpair.rpc")
     started = time.perf_counter()
     cancelled = False
+    reason = ""
     # At once, for handlers that abort by themselves; again at the end, for those that set trailing metadata.
     context.set_trailing_metadata(_trailing(context, request_id))
     try:
@@ -141,14 +154,24 @@ async def _call(
     except grpc.aio.AbortError:
         raise
     except SpecpairError as error:
+        reason = error.reason
+        if error.field:
+            record.annotate({"field": _INDEX.sub("[]", error.field)})
         await _abort(context, error, request_id)
     except Exception:
         log.exception("unexpected error")
         await _abort(context, InternalError(f"internal error; the log has it as request {request_id}"), request_id)
     finally:
         seconds = round(time.perf_counter() - started, 6)
-        write = log.debug if method.startswith(_QUIET) else log.info
-        write("call", status=_status(context, cancelled), seconds=seconds, **(_annotations.get() or {}))
+        status = _status(context, cancelled)
+        ended(method, status, seconds, reason)
+        if reason:
+            record.annotate({"reason": reason})
+        write = log.debug if quiet else log.info
+        write("call", status=status, seconds=seconds, **record.fields())
+        if span is not None:
+            number = _NUMBERS.get(status, grpc.StatusCode.UNKNOWN.value[0])
+            span.end({"rpc.grpc.status_code": number}, status if status in FAULTS else "", record)
 
 
 async def _answer(
@@ -189,9 +212,9 @@ def _trailing(context: _Context, request_id: str) -> tuple[tuple[str, str | byte
 
 def _request_id(context: _Context) -> str:
     for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID and isinstance(value, str) and _ACCEPTED_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
+        if key == REQUEST_ID:
+            return request_id_of(value)
+    return request_id_of()
 
 
 def _status(context: _Context, cancelled: bool) -> str:
