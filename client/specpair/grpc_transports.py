@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from specpair import wire
+from specpair.addresses import names_several
 from specpair.credentials import Access, Credentials
 from specpair.errors import ProtocolError, SpecpairError, UnavailableError, from_rpc_error
 from specpair.handshake import explained
@@ -30,6 +32,7 @@ from specpair.messages import (
     Verdict,
 )
 from specpair.params import Prompt
+from specpair.request import RequestContext
 from specpair.results import PositionExplanation
 from specpair.transports import CLOSED, STREAM_ENDED, ProposeStream, Receiver, VerifyStream
 from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
@@ -47,11 +50,25 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+# Where an address stands for several servers every call goes to the next one that is connected and says of itself that
+# it serves. A session is one call, so it stays where it began.
+_SPREAD = (
+    (
+        "grpc.service_config",
+        json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}),
+    ),
+    # A server that comes back may have another address; gRPC looks a name up after a loss, and not again for 30 s.
+    ("grpc.dns_min_time_between_resolutions_ms", 5000),
+)
+_VERIFY, _GENERATE = "specpair.v1.TargetService/Verify", "specpair.v1.TargetService/Generate"
+_PROPOSE = "specpair.v1.DraftService/Propose"
 # grpc.health.v1.HealthCheckResponse with status SERVING, field 1 = 1.
 _SERVING = b"\x08\x01"
 
 Received = TypeVar("Received")
 Sent = TypeVar("Sent")
+Made = TypeVar("Made", bound=aio.Call)
+_Metadata = tuple[tuple[str, str], ...]
 _Call = aio.StreamStreamCall[Any, Any] | aio.UnaryStreamCall[Any, Any]
 
 
@@ -182,13 +199,23 @@ class _GrpcService:
         if self._closed:
             raise UnavailableError("the client is closed", reason=CLOSED)
         if self._opened is None:
-            self._opened = self._access.channel(_OPTIONS)
+            spread = _SPREAD if names_several(self.address) else ()
+            self._opened = self._access.channel((*_OPTIONS, *spread))
         return self._opened
 
     @property
     def _metadata(self) -> tuple[tuple[str, str], ...] | None:
         """What the service wants to know of the caller; health asks for nothing."""
         return self._access.metadata()
+
+    def _call(self, method: str, request: RequestContext | None, make: Callable[[_Metadata | None], Made]) -> Made:
+        """Makes a call of a generation, given its metadata; the service and the generation's trace are told whose."""
+        if request is None:
+            return make(self._metadata)
+        call = request.call(method, self.address)
+        made = make((*(self._metadata or ()), *call.metadata))
+        call.follow(made)
+        return made
 
     async def healthy(self, within: float | None = None) -> bool:
         # One fixed request and answer do not warrant a dependency on the health package.
@@ -205,7 +232,7 @@ class _GrpcService:
 
 
 class GrpcTarget(_GrpcService):
-    """A target service at an address such as "127.0.0.1:50051"."""
+    """A target service at an address such as "127.0.0.1:50051", or several that run the same: "dns:///target:50051"."""
 
     @property
     def _stub(self) -> target_pb2_grpc.TargetServiceAsyncStub:
@@ -219,12 +246,16 @@ class GrpcTarget(_GrpcService):
 
     async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
         first = wire.verify_request(start)
-        call = self._stub.Verify(timeout=within, metadata=self._metadata)
+        stub = self._stub
+        call = self._call(_VERIFY, start.request, lambda metadata: stub.Verify(timeout=within, metadata=metadata))
         stream = _GrpcStream[Block | Extend, Started | Verdict]
         return await stream.open(call, first, wire.verify_response, wire.verify_request)
 
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
-        call = self._stub.Generate(wire.generate_request(start), timeout=within, metadata=self._metadata)
+        stub, request = self._stub, wire.generate_request(start)
+        call = self._call(
+            _GENERATE, start.request, lambda metadata: stub.Generate(request, timeout=within, metadata=metadata)
+        )
         return _GrpcStream[NoReturn, Started | Committed](call, wire.generate_response, _nothing)
 
     async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:
@@ -249,7 +280,7 @@ class GrpcTarget(_GrpcService):
 
 
 class GrpcDraft(_GrpcService):
-    """A draft service at an address such as "127.0.0.1:50052"."""
+    """A draft service at an address such as "127.0.0.1:50052", or several: "dns:///draft:50052"."""
 
     @property
     def _stub(self) -> draft_pb2_grpc.DraftServiceAsyncStub:
@@ -263,6 +294,7 @@ class GrpcDraft(_GrpcService):
 
     async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
         first = wire.propose_request(start)
-        call = self._stub.Propose(timeout=within, metadata=self._metadata)
+        stub = self._stub
+        call = self._call(_PROPOSE, start.request, lambda metadata: stub.Propose(timeout=within, metadata=metadata))
         stream = _GrpcStream[DraftAsk | DraftStart, DraftStarted | Proposal]
         return await stream.open(call, first, wire.propose_response, wire.propose_request)

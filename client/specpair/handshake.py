@@ -10,6 +10,8 @@ _CLOSED = (
     "the connection was closed before it was up: the service may be gone, or it may want TLS where this side has none, "
     "or a client certificate (cert and key) from a CA that it knows and that has not expired"
 )
+# Only gRPC's own texts begin like this, for one server and for several: a stream that breaks later is another matter.
+_UNCONNECTED = ("failed to connect", "connections to all backends failing")
 # Parts of gRPC's text, the more special first, and what they mean.
 _CAUSES: tuple[tuple[str, type[SpecpairError], str], ...] = (
     ("certificate has expired", UnauthenticatedError, "the service's certificate has expired: it needs a new one"),
@@ -42,8 +44,7 @@ def explained(error: SpecpairError) -> SpecpairError:
 
     What a certificate is to blame for becomes an UnauthenticatedError: another try would end alike.
     """
-    # Only gRPC's own text begins like this: a stream that breaks later is another matter.
-    if not isinstance(error, UnavailableError) or not error.message.startswith("failed to connect"):
+    if not isinstance(error, UnavailableError) or not error.message.startswith(_UNCONNECTED):
         return error
     for part, kind, text in _CAUSES:
         if part in error.message:

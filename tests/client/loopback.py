@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from threading import Event
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 from grpc_status import rpc_status
 
 from specpair.errors import InvalidRequestError, OverloadedError, SpecpairError, to_status
@@ -210,16 +212,23 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
 @contextlib.contextmanager
 def serving(
-    target: TargetServicer | None = None, draft: DraftServicer | None = None, listen: str = "127.0.0.1:0"
+    target: TargetServicer | None = None,
+    draft: DraftServicer | None = None,
+    listen: str = "127.0.0.1:0",
+    health: HealthServicer | None = None,
 ) -> Iterator[str]:
-    """The address of a server with the given services; it reports to be healthy."""
+    """The address of a server with the given services; it reports to be healthy, or what `health` says."""
     server = grpc.server(ThreadPoolExecutor(8))
     if target is not None:
         target_pb2_grpc.add_TargetServiceServicer_to_server(target, server)
     if draft is not None:
         draft_pb2_grpc.add_DraftServiceServicer_to_server(draft, server)
-    check = grpc.unary_unary_rpc_method_handler(lambda request, context: b"\x08\x01")
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
+    if health is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    else:
+        check = grpc.unary_unary_rpc_method_handler(lambda request, context: b"\x08\x01")
+        handlers = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})
+        server.add_generic_rpc_handlers([handlers])
     port = server.add_insecure_port(listen)
     server.start()
     try:

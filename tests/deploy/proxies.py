@@ -32,21 +32,23 @@ def free_address():
 
 
 class Proxy:
-    """HAProxy or nginx with the configuration of deploy/, in front of two targets. It listens on `address`.
+    """HAProxy or nginx with the configuration of deploy/, in front of two targets, and of two drafts if they are given.
+
+    It listens on `address` for the targets and on `draft_address` for the drafts.
 
     `edit` takes the configuration's text, in which addresses stand already, and returns the one to use.
     """
 
-    def __init__(self, name, place, targets, edit=lambda text: text):
+    def __init__(self, name, place, targets, drafts=None, edit=lambda text: text):
         """`name` is one of NAMES, `place` a directory of its own. Skips the test when the program is not installed."""
         program = shutil.which(name, path=_PATH)
         if program is None:
             pytest.skip(f"{name} is not installed")
         self.name = name
-        self.address = free_address()
+        self.address, self.draft_address = free_address(), free_address()
         self.log = place / "log"
         configuration = place / f"{name}.cfg"
-        configuration.write_text(edit(self._text(targets)))
+        configuration.write_text(edit(self._text(targets, drafts or (free_address(), free_address()))))
         command = [program, *self._arguments(place, configuration)]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -69,17 +71,16 @@ class Proxy:
                 self.process.kill()
                 self.process.wait()
 
-    def _text(self, targets):
+    def _text(self, targets, drafts):
         """The configuration with these addresses in place of its own, each of which stands there once."""
-        first, second = targets
         if self.name == "haproxy":
             text = (DEPLOY / "haproxy/haproxy.cfg").read_text()
-            variables = ("SPECPAIR_LISTEN", "SPECPAIR_TARGET_1", "SPECPAIR_TARGET_2")
-            written = [re.search(rf'"\$\{{{variable}-[^}}]*\}}"', text)[0] for variable in variables]
+            variables = ("LISTEN", "TARGET_1", "TARGET_2", "DRAFT_LISTEN", "DRAFT_1", "DRAFT_2")
+            written = [re.search(rf'"\$\{{SPECPAIR_{variable}-[^}}]*\}}"', text)[0] for variable in variables]
         else:
             text = (DEPLOY / "nginx/nginx.conf").read_text()
-            written = ["127.0.0.1:50050", "127.0.0.1:50051", "127.0.0.1:50061"]
-        for there, used in zip(written, (self.address, first, second), strict=True):
+            written = [f"127.0.0.1:{port}" for port in (50050, 50051, 50061, 50060, 50052, 50062)]
+        for there, used in zip(written, (self.address, *targets, self.draft_address, *drafts), strict=True):
             assert text.count(there) == 1
             text = text.replace(there, used)
         return text

@@ -38,8 +38,8 @@ from .files import (
 
 HEALTH = get_command(app).commands["health"]
 COMPOSE_FILES = ("docker-compose.yml", "deploy/compose.secured.yml")
-# Grafana's own, and what torch, the model hub and Python read.
-FOREIGN = ("GF_", "HF_", "OMP_", "NVIDIA_", "PYTHON", "PATH", "COMPOSE_")
+# Grafana's own, and what torch, the model hub, OpenTelemetry and Python read.
+FOREIGN = ("GF_", "OTEL_", "HF_", "OMP_", "NVIDIA_", "PYTHON", "PATH", "COMPOSE_")
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ class TestKubernetes:
             assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
             assert container["securityContext"]["readOnlyRootFilesystem"]
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
-            [port] = [port["containerPort"] for port in container["ports"]]
+            [port] = [port["containerPort"] for port in container["ports"] if port["name"] == "grpc"]
             secured = overlay == "gpu-secured"
             command = [*health_command(container["name"])]
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

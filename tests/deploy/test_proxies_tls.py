@@ -45,10 +45,11 @@ def services(launch, authority):
 
 def haproxy(text, place):
     """The configuration with its TLS lines in force."""
-    listen = re.search(r"bind (\S+) proto h2", text)[1]
-    bind = re.search(r"# (bind :443 ssl .*)", text)[1].replace(":443", listen)
-    text = re.sub(r"bind \S+ proto h2", bind, text)
-    added = re.search(r"# With TLS to the targets, add: (.*)", text)[1].replace("NAME", NAME)
+    listens = re.findall(r"bind (\S+) proto h2", text)
+    for listen, port in zip(listens, ("443", "444"), strict=True):
+        bind = re.search(rf"# (bind :{port} ssl .*)", text)[1].replace(f":{port}", listen)
+        text = text.replace(f"bind {listen} proto h2", bind)
+    added = re.search(r"# With TLS to the services, add: (.*)", text)[1].replace("NAME", NAME)
     text = re.sub(r"(default-server .*)", rf"\1 {added}", text)
     return text.replace("/etc/haproxy/specpair.pem", f"{place}/both.pem").replace(
         "/etc/haproxy/ca.pem", f"{place}/ca.pem"
@@ -57,8 +58,9 @@ def haproxy(text, place):
 
 def nginx(text, place):
     """The configuration with its TLS lines in force."""
-    listen = re.search(r"listen (\S+) http2;", text)[1]
-    text = text.replace(f"listen {listen} http2;", "").replace("# listen 443", f"listen {listen}")
+    listens = re.findall(r"listen (\S+) http2;", text)
+    for listen, port in zip(listens, ("443", "444"), strict=True):
+        text = text.replace(f"listen {listen} http2;", "").replace(f"# listen {port}", f"listen {listen}")
     text = re.sub(r"# ((?:grpc_)?ssl_\w+ )", r"\1", text).replace("grpc_pass grpc:", "grpc_pass grpcs:")
     text = text.replace("grpc_ssl_name NAME;", f"grpc_ssl_name {NAME};").replace("/etc/nginx/ca.pem", f"{place}/ca.pem")
     return text.replace("/etc/nginx/specpair.crt", f"{place}/service.pem").replace(
@@ -71,10 +73,10 @@ def test_tls_on_both_sides(name, services, authority, balance):
     """A stream of a client that speaks TLS goes through to services that speak TLS; a plain client gets nowhere."""
     edit = {"haproxy": haproxy, "nginx": nginx}[name]
     addresses = [service.address for service in services]
-    proxy = balance(name, *addresses, edit=lambda text: edit(text, authority.path.parent))
+    proxy = balance(name, *addresses, drafts=addresses, edit=lambda text: edit(text, authority.path.parent))
 
-    async def propose(credentials):
-        draft = GrpcDraft(proxy.address, credentials)
+    async def propose(address, credentials):
+        draft = GrpcDraft(address, credentials)
         try:
             async with asyncio.timeout(30):
                 assert await draft.healthy(10)
@@ -87,9 +89,11 @@ def test_tls_on_both_sides(name, services, authority, balance):
         finally:
             await draft.close()
 
-    assert run(propose(Credentials(ca=authority.pem, server_name=NAME))) == (3, 1)
+    for address in (proxy.address, proxy.draft_address):
+        assert run(propose(address, Credentials(ca=authority.pem, server_name=NAME))) == (3, 1)
     if name == "haproxy":
-        passed = "Health check for server targets/target-{} succeeded, reason: Layer7 check passed"
-        wait_for(lambda: all(passed.format(n) in proxy.text for n in (1, 2)), 20, "checks over TLS")
+        servers = [f"{kind}s/{kind}-{n}" for kind in ("target", "draft") for n in (1, 2)]
+        passed = "Health check for server {} succeeded, reason: Layer7 check passed"
+        wait_for(lambda: all(passed.format(server) in proxy.text for server in servers), 20, "checks over TLS")
     with pytest.raises(SpecpairError):
-        run(propose(None))
+        run(propose(proxy.address, None))
