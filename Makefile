@@ -3,14 +3,18 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell command -v $(name))))
 BIN := .venv/bin
 
+# Tests whose own process runs what they test and which take little longer under coverage; and all others.
+MEASURED := $(addprefix tests/,client gateway sampling serving)
+UNMEASURED := $(filter-out $(MEASURED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
+
 # Two processes on the same cores: OpenMP's waiting threads must not spin.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench soak fuzz check protos
+.PHONY: help venv demo test test-ray test-others coverage bench soak fuzz check protos release-protos docs dist
 
 help:  ## Show this.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  PYTHON=... picks the interpreter; pip and npm follow their own configuration and environment.'
 
 venv: .venv/.installed  ## Create .venv with everything installed.
@@ -19,9 +23,20 @@ demo: .venv/.installed  ## Watch a draft and a target service generate text toge
 	$(BIN)/specpair demo
 
 test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
-	@if ! command -v npm > /dev/null; then echo 'npm is missing: the test of the protos with buf is skipped'; \
-	elif ! $(MAKE) --silent node_modules/.installed; then echo 'npm failed: the test of the protos with buf is skipped'; fi
+	@if ! command -v npm > /dev/null; then echo 'npm is missing: tests with buf, and of examples/node, are skipped'; \
+	elif ! $(MAKE) --silent node_modules/.installed examples/node/node_modules/.installed; \
+	then echo 'npm failed: tests with buf, and of examples/node, are skipped'; fi
 	$(BIN)/python -m pytest $(ARGS)
+
+coverage: .venv/.installed  ## Run the tests of client, gateway, sampling and serving, and see what of these they reach.
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(MEASURED) $(ARGS)
+
+test-others: .venv/.installed  ## Run the tests that `make coverage` leaves out.
+	$(MAKE) test ARGS='$(UNMEASURED) $(ARGS)'
+
+test-ray: .venv/.installed  ## Install Ray, and test both services under Ray Serve.
+	@$(BIN)/python -c 'import ray.serve' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/deploy/test_ray.py $(ARGS)
 
 bench: .venv/.installed  ## Measure everything; ARGS='--only sessions' a part, ARGS=--help the parts.
 	@$(BIN)/python -c 'import matplotlib' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[bench]' \
@@ -42,10 +57,27 @@ check: .venv/.installed node_modules/.installed  ## Run linters and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	node_modules/.bin/buf lint protos
+	node_modules/.bin/buf breaking protos --against protos/released.binpb
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 protos: .venv/.installed  ## Generate the gRPC stubs from protos/.
 	$(BIN)/python tools/generate_stubs.py
+
+release-protos: node_modules/.installed  ## With a release: what protos are compared with from now on.
+	node_modules/.bin/buf build protos --exclude-source-info --output protos/released.binpb
+
+docs: .venv/.installed  ## Build the documentation into site/.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+
+# What is installed says whether it is complete only where nothing else is.
+dist: .venv/.installed  ## Build wheel and source distribution, and try the client in a clean environment.
+	rm -rf build/clean dist
+	$(BIN)/python -m build
+	'$(PYTHON)' -m venv build/clean
+	build/clean/bin/python -m pip install -q dist/*.whl
+	build/clean/bin/python -I -c 'import specpair; print(specpair.SpeculativeClient.__name__, specpair.__version__)'
 
 # The stamps are written last, so that an installation that broke off is done again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -58,4 +90,8 @@ protos: .venv/.installed  ## Generate the gRPC stubs from protos/.
 # Not `npm ci`, which refuses a lock that, like this one, names the packages of some platforms only.
 node_modules/.installed: package.json package-lock.json
 	npm install --no-save --no-audit --no-fund
+	@touch $@
+
+examples/node/node_modules/.installed: examples/node/package.json examples/node/package-lock.json
+	npm install --no-save --no-audit --no-fund --prefix examples/node
 	@touch $@
