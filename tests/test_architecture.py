@@ -19,17 +19,20 @@ RUNTIME = ROOT / "runtime/specpair_runtime"
 TARGET = ROOT / "target_service/specpair_target"
 DRAFT = ROOT / "draft_service/specpair_draft"
 GATEWAY = ROOT / "gateway/specpair_gateway"
+RAY = ROOT / "deploy/ray/specpair_ray"
 GENERATED = CLIENT / "v1"
 MOST_LINES = 420
 
 # What the client may import besides the standard library; the command line has rich and typer on top.
 CLIENT_NEEDS = {"specpair", "grpc", "grpc_status", "google"}
-CLI_NEEDS = {"rich", "typer"}
-CLI = {"cli.py", "commands.py", "connecting.py", "demo.py", "rendering.py", "bench/command.py", "bench/tables.py"}
-# Plots come on top of that.
+CLI_NEEDS = {"platformdirs", "prompt_toolkit", "rich", "typer"}
+CLI = {"chat/", "cli.py", "commands/", "connecting.py", "demo.py", "phases.py", "rendering.py", "bench/tables.py"}
+# Plots come on top of that, and traces where the API of OpenTelemetry is installed.
 PLOTS = {"bench/plots.py"}
+METRICS = {"metrics.py"}
+TRACES = {"tracing.py", "client.py"}
 # What everything but the client may import from the client's package.
-SHARED = {"specpair.v1", "specpair.addresses", "specpair.errors", "specpair.ngram", "specpair.pem"}
+SHARED = {f"specpair.{name}" for name in ("v1", "addresses", "errors", "extras", "ngram", "pem", "request_ids")}
 # Modules that speak in protobuf messages. Everything else speaks in types of its own.
 BORDER = {"wire.py", "servicer.py", "grpc_transports.py", "__main__.py"}
 
@@ -67,10 +70,14 @@ def test_client_needs_grpc_and_protobuf_alone():
 
     def offends(path, name):
         allowed = CLIENT_NEEDS | sys.stdlib_module_names
-        if path.relative_to(CLIENT).as_posix() in CLI:
+        if path.relative_to(CLIENT).as_posix().startswith(tuple(CLI)):
             allowed |= CLI_NEEDS
         if path.relative_to(CLIENT).as_posix() in PLOTS:
             allowed |= {"matplotlib"}
+        if path.relative_to(CLIENT).as_posix() in TRACES:
+            allowed |= {"opentelemetry"}
+        if path.relative_to(CLIENT).as_posix() in METRICS:
+            allowed |= {"prometheus_client"}
         return _top(name) not in allowed
 
     assert _offences(_sources(CLIENT), offends) == []
@@ -78,7 +85,18 @@ def test_client_needs_grpc_and_protobuf_alone():
 
 def test_importing_the_client_is_light():
     """`import specpair` loads no torch, no transformers, no numpy, nothing of the services or the command line."""
-    heavy = ["torch", "transformers", "numpy", "rich", "typer", "specpair_runtime", "specpair_target", "specpair_draft"]
+    heavy = [
+        "torch",
+        "transformers",
+        "numpy",
+        "rich",
+        "typer",
+        "prompt_toolkit",
+        "specpair_runtime",
+        "specpair_target",
+        "specpair_draft",
+    ]
+    heavy += ["opentelemetry", "prometheus_client"]
     code = f"import sys, specpair; sys.exit(' '.join(set({heavy}) & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -108,8 +126,23 @@ def test_services_do_not_know_each_other(service, other):
 def test_the_gateway_is_a_user_of_the_client():
     """It takes the client's public names, and of the runtime what surrounds a server: no service and no message."""
     public = {f"specpair.{name}" for name in specpair.__all__}
-    others = {"specpair.addresses.is_local", "specpair.client.ClientOptions"}
-    libraries = {"fastapi", "pydantic", "pydantic_settings", "starlette", "structlog", "uvicorn", "specpair_gateway"}
+    others = {
+        "specpair.addresses.is_local",
+        "specpair.client.ClientOptions",
+        "specpair.extras.launch",
+        "specpair.metrics.ClientMetrics",
+        "specpair.request_ids.request_id_of",
+    }
+    libraries = {
+        "fastapi",
+        "prometheus_client",
+        "pydantic",
+        "pydantic_settings",
+        "starlette",
+        "structlog",
+        "uvicorn",
+        "specpair_gateway",
+    }
 
     def offends(path, name):
         if _top(name) == "specpair":
@@ -129,6 +162,18 @@ def test_importing_the_gateway_is_light():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_ray_runs_services_and_knows_none():
+    """What places services takes of the client its transports, and of the services nothing: they are processes."""
+    taken = {"specpair.Credentials", "specpair.errors", "specpair.grpc_transports"}
+
+    def offends(path, name):
+        if _top(name) == "specpair":
+            return not _below(name, taken)
+        return _top(name) not in {"ray", "pydantic", "specpair_ray"} | sys.stdlib_module_names
+
+    assert _offences(_sources(RAY), offends) == []
+
+
 def test_messages_stay_at_the_border():
     """Only wire modules, servicers, transports, mains and serving/ touch messages; enumerations may go further."""
     modules = {"specpair.v1.common_pb2": common_pb2, "specpair.v1.draft_pb2": draft_pb2}
@@ -146,7 +191,7 @@ def test_messages_stay_at_the_border():
             return False
         return _below(name, {"specpair.v1"}) and not is_enumeration(name)
 
-    assert _offences(_sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY), offends) == []
+    assert _offences(_sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, RAY), offends) == []
 
 
 def test_serving_knows_no_model():
@@ -162,7 +207,7 @@ def test_serving_knows_no_model():
 def test_no_search_path_is_changed():
     """Packages are found because they are installed: nothing touches sys.path or PYTHONPATH."""
     touched = []
-    for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, ROOT / "tools", ROOT / "bench"):
+    for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, RAY, ROOT / "tools", ROOT / "bench"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in {"path", "addsitedir"}:
                 if isinstance(node.value, ast.Name) and node.value.id in {"sys", "site"}:
@@ -176,6 +221,6 @@ def test_modules_are_small():
     """No module that people write is longer than a few screens."""
     lengths = {
         path.relative_to(ROOT): len(path.read_text().splitlines())
-        for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, ROOT / "tools", ROOT / "bench")
+        for path in _sources(CLIENT, RUNTIME, TARGET, DRAFT, GATEWAY, RAY, ROOT / "tools", ROOT / "bench")
     }
     assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}

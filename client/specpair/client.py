@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
-from typing import Self, TypedDict
+from typing import TYPE_CHECKING, Self, TypedDict
 
 from specpair.compatibility import Pairing
 from specpair.corpus import Corpus
 from specpair.credentials import Credentials
-from specpair.drafting import Drafting, Kind
+from specpair.drafting import Drafting
 from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.grpc_transports import GrpcDraft, GrpcTarget
 from specpair.loop import Loop
 from specpair.messages import DraftStart, Explain, ModelInfo, Started
+from specpair.naming import DEFAULT_DRAFT, DEFAULT_TARGET, draft_of, target_addresses
 from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.replicas import Replicas
+from specpair.request import Observer, observed
+from specpair.request_ids import request_id_of
 from specpair.results import PositionExplanation, Result
 from specpair.resuming import Way
 from specpair.session import Session, follow
 from specpair.stream import TokenStream
+from specpair.tracing import request_contexts
 from specpair.transports import DraftTransport, TargetTransport
 from specpair.turn import Turn
 
-__all__ = ["DEFAULT_DRAFT", "DEFAULT_TARGET", "ClientOptions", "SpeculativeClient"]
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-DEFAULT_DRAFT = "127.0.0.1:50052"
+__all__ = ["DEFAULT_DRAFT", "DEFAULT_TARGET", "ClientOptions", "SpeculativeClient"]
 
 _log = logging.getLogger("specpair")
 
@@ -60,6 +65,10 @@ class ClientOptions(TypedDict, total=False):
     """TLS, mutual TLS and a token, for both services. None, the default: plain text, as on one machine."""
     draft_credentials: Credentials | None
     """For the draft service in their place; `Credentials()` is plain text without a token. None: the same for both."""
+    metrics: Observer | None
+    """Counts the client's generations, as `specpair.metrics.ClientMetrics` does. None, the default: nobody does."""
+    tracer_provider: TracerProvider | None
+    """OpenTelemetry's, for spans of generations. None, the default: the application's global one, if it has any."""
     target_transport: TargetTransport | Sequence[TargetTransport] | None
     """Used in place of gRPC to the target's address, or to each of them."""
     draft_transport: DraftTransport | None
@@ -85,6 +94,9 @@ class SpeculativeClient:
     `target` is the address of a target service, or of several that run the same, with commas between: when one is lost
     the next one takes over, and each generation goes on where it stands (`resume_timeout`). One that runs something
     else is passed over; if no other one is left that is an UnavailableError with the reason TARGET_CHANGED.
+
+    An address may also stand for several services of a kind, "dns:///NAME:PORT" or "ipv4:IP:PORT,IP:PORT": generations
+    are spread evenly over those that are healthy.
     """
 
     def __init__(
@@ -101,6 +113,8 @@ class SpeculativeClient:
         corpus: Corpus | None = None,
         credentials: Credentials | None = None,
         draft_credentials: Credentials | None = None,
+        metrics: Observer | None = None,
+        tracer_provider: TracerProvider | None = None,
         target_transport: TargetTransport | Sequence[TargetTransport] | None = None,
         draft_transport: DraftTransport | None = None,
     ) -> None:
@@ -112,10 +126,11 @@ class SpeculativeClient:
             raise InvalidRequestError("must not be negative", field="chain")
         if resume_timeout < 0:
             raise InvalidRequestError("must not be negative", field="resume_timeout")
-        kind, address = _parse(draft)
+        kind, address = draft_of(draft)
         self._connect_timeout = connect_timeout
         self._resume_timeout = resume_timeout
-        addresses = _addresses(target)
+        self._contexts = observed(request_contexts(tracer_provider), metrics)
+        addresses = target_addresses(target)
         if target_transport is None:
             target_transport = [GrpcTarget(address, credentials) for address in addresses]
         elif not isinstance(target_transport, Sequence):
@@ -145,13 +160,17 @@ class SpeculativeClient:
         *,
         prediction: Prediction | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the services are told too
+        request_id: str | None = None,
     ) -> Result:
         """Continues a prompt. Raises any exception of `specpair.errors`; DeadlineError after `timeout` seconds.
 
         `prediction` is what the output is expected to be, for example the text that is to be edited: as far as it comes
         true, tokens come in whole blocks. With `draft="none"` nobody proposes it.
+
+        `request_id` is what the logs of both services are to call it: up to 128 of the characters `A-Za-z0-9._:/+=-`.
+        Without one, or with one that is none, it gets a fresh id. `Result.request_id` and errors say which.
         """
-        async with self.stream(prompt, params, prediction=prediction, timeout=timeout) as stream:
+        async with self.stream(prompt, params, prediction=prediction, timeout=timeout, request_id=request_id) as stream:
             async for _ in stream:
                 pass
         return stream.result
@@ -163,17 +182,21 @@ class SpeculativeClient:
         *,
         prediction: Prediction | None = None,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> TokenStream:
         """Continues a prompt, chunk by chunk, with the provenance of every token."""
-        turn = Turn(prompt, params or SamplingParams(), prediction)
+        turn = Turn(prompt, params or SamplingParams(), prediction, self._contexts(request_id_of(request_id)))
         if self._drafting.kind == "none":
             return TokenStream(turn, follow(self._way(timeout), turn), timeout)
         session = Session(self._way(timeout), self._drafting.session(timeout))
         return TokenStream(turn, session.only(turn), timeout)
 
-    def session(self) -> Session:
-        """Several turns on one KV cache: `async with client.session() as session`. See `Session`."""
-        return Session(self._way(), self._drafting.session())
+    def session(self, *, request_id: str | None = None) -> Session:
+        """Several turns on one KV cache: `async with client.session() as session`. See `Session`.
+
+        They have one `request_id`, as the session is one call at each service.
+        """
+        return Session(self._way(), self._drafting.session(), partial(self._contexts, request_id_of(request_id)))
 
     async def explain(
         self,
@@ -252,27 +275,6 @@ class SpeculativeClient:
 
     def _way(self, within: float | None = None) -> Way:
         return Way(self._target, self._resume_timeout, within)
-
-
-def _addresses(target: str) -> list[str]:
-    addresses = [address.strip() for address in target.split(",")]
-    if not all(addresses):
-        raise InvalidRequestError("must be HOST:PORT, or several of them with commas between", field="target")
-    return addresses
-
-
-def _parse(draft: str) -> tuple[Kind, str]:
-    """What kind of draft is meant, and the address of its service if it has one."""
-    match draft:
-        case "none":
-            return "none", ""
-        case "ngram":
-            return "ngram", ""
-        case "auto":
-            return "auto", DEFAULT_DRAFT
-        case "" | "auto:":
-            raise InvalidRequestError("must be HOST:PORT, auto, auto:HOST:PORT, ngram or none", field="draft")
-    return "auto" if draft.startswith("auto:") else "model", draft.removeprefix("auto:")
 
 
 async def _healthy(service: TargetTransport | DraftTransport, within: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import dataclass
 
 from specpair.errors import DeadlineError, DraftMismatchError, SpecpairError, UnavailableError
@@ -53,7 +54,11 @@ class Pairing:
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask(None))
             self._asking.add_done_callback(self._asked)
-        return await asyncio.shield(self._asking)
+        try:
+            return await asyncio.shield(self._asking)
+        except SpecpairError as failed:
+            # One for each who waits: a failure says whose it is.
+            raise copy.copy(failed) from failed.__cause__
 
     async def renew(self) -> Agreement:
         """Asks the draft again, and the target if it has not said yet what it runs. Raises as `check`."""

@@ -40,7 +40,9 @@ class Connection(Generic[S]):
 
     async def resume(self, turn: Turn, lost: SpecpairError) -> None:
         """Goes on with a turn after the call has failed. Its loop then stands where the new call does."""
-        await self._way.resume(lost, lambda target: self._again(turn, target))
+        turn.request.event("target lost", error=type(lost).__name__, reason=lost.reason)
+        await self._way.resume(lost, turn.request.id, lambda target: self._again(turn, target))
+        turn.request.event("resumed")
         turn.meter.resumes += 1
 
     def progress(self) -> None:
@@ -105,7 +107,9 @@ class SessionConnection(Connection[VerifyStream]):
                 return await self._way.again(lambda target: self._start(turn, target))
             return await self._extend(turn)
         except SpecpairError as lost:
-            started = await self._way.resume(lost, lambda target: self._start(turn, target))
+            turn.request.event("target lost", error=type(lost).__name__, reason=lost.reason)
+            started = await self._way.resume(lost, turn.request.id, lambda target: self._start(turn, target))
+            turn.request.event("resumed")
         turn.meter.resumes += 1
         return started
 

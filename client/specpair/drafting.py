@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from specpair.breaker import State
 from specpair.combining import Combined, LookupDraft
@@ -18,6 +18,7 @@ from specpair.failover import Fallback, Link
 from specpair.lookup import Lookup
 from specpair.messages import DraftStart, ModelInfo
 from specpair.meter import Meter
+from specpair.naming import Kind
 from specpair.pacing import FixedPacer
 from specpair.params import AcceptanceRule
 from specpair.prediction import PredictedOutput, predicted_ids
@@ -26,9 +27,7 @@ from specpair.recovery import Recovery
 from specpair.transports import TargetTransport
 from specpair.turn import Turn
 
-__all__ = ["Drafting", "Kind", "Plan", "SessionDraft"]
-
-Kind = Literal["model", "auto", "ngram", "none"]
+__all__ = ["Drafting", "Plan", "SessionDraft"]
 
 _log = logging.getLogger("specpair")
 
@@ -109,7 +108,7 @@ class Drafting:
                 breaker.lose(agreement.refusal)
         recovery.want()
         if pairing.mismatch is not None and self.kind == "model":
-            raise pairing.mismatch
+            raise copy.copy(pairing.mismatch)
         return await self.vocabulary_size()
 
     def note(self, refusal: str) -> None:

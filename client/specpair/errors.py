@@ -59,7 +59,7 @@ class SpecpairError(Exception):
     `field` is the path of the offending field from the request message or the configuration, "" when there is none.
     `reason` is a stable word in capitals for programs, "" when the class says it all. `retry_after` is after how many
     seconds another try makes sense, None when that is not known, infinity when none does. `request_id` is the id under
-    which the service's log has the failed call, "" when the failure came from something on the way.
+    which logs have the failed call or generation; "" when a call by itself failed by something on the way.
     """
 
     def __init__(

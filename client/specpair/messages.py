@@ -6,10 +6,11 @@ The proto files are the reference for the meaning of each field; `wire` converts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from specpair.params import Prompt, SamplingParams
+from specpair.request import RequestContext
 from specpair.results import FinishReason, Logprobs, Source
 
 __all__ = [
@@ -78,6 +79,8 @@ class ModelInfo:
     version: str = ""
     proposers: tuple[Source, ...] = ()
     chat: bool = False
+    parallel: int = 0
+    """Processes that hold a part of the weights each; 1 where one holds all, 0 where that is not known."""
     identity: str = ""
     """Of a target: a digest of what decides its output besides the request."""
 
@@ -89,6 +92,8 @@ class Start:
     prompt: Prompt
     params: SamplingParams
     committed_token_ids: tuple[int, ...] = ()
+    request: RequestContext | None = field(default=None, compare=False, repr=False)
+    """What the call is part of; never in the message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,8 @@ class DraftStart:
     session_id: str = ""
     prompt_length: int | None = None
     """How many of the ids are the turn's prompt; None: all of them."""
+    request: RequestContext | None = field(default=None, compare=False, repr=False)
+    """What the call is part of; never in the message."""
 
 
 @dataclass(frozen=True, slots=True)

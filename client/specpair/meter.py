@@ -66,6 +66,11 @@ class Meter:
         self._proposer = proposer
         self._changes.append(ProposerChange(self.round, proposer, reason))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call."""
+        return self.now() - self._begin
+
     def resumed(self) -> None:
         """The caller has taken what there was: from here on the turn's time is its own."""
         self._resumed = self.now()

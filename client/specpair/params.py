@@ -51,18 +51,34 @@ class SamplingParams:
     """
 
     temperature: float | None = None
+    """0, the default, is greedy; otherwise from 0.001 to 100."""
     top_k: int | None = None
+    """Keep the k most probable tokens. 0, the default, keeps all."""
     top_p: float | None = None
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]. Default 1."""
     min_p: float | None = None
+    """Keep tokens at least so many times as probable as the most probable one, in [0, 1]. Default 0."""
     repetition_penalty: float | None = None
+    """Divides positive and multiplies negative logits of tokens of prompt and output, in [0.01, 100]. Default 1."""
     presence_penalty: float | None = None
+    """Subtracted from the logit of each generated token, in [-2, 2]. Default 0."""
     frequency_penalty: float | None = None
+    """Subtracted once for each time that a token was generated, in [-2, 2]. Default 0."""
     logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids: at most 1024, each in [-1000, 1000]."""
     seed: int | None = None
+    """Of the noise, from 0 to 2**64 - 1. Default 0."""
     max_new_tokens: int | None = None
+    """Most tokens to generate. Default: until the slot is full."""
     min_new_tokens: int | None = None
+    """No end of sequence and no stop id before so many tokens; stop strings end it nevertheless. Default 0."""
     rule: AcceptanceRule | None = None
+    """Default: coupled."""
     stop: Sequence[str] = ()
+    """Texts that end the generation, at most 16 of 1 to 256 characters. The output ends before the one found."""
     stop_token_ids: Sequence[int] = ()
+    """Ids that end it, besides the model's own ends of sequence; at most 64."""
     ignore_eos: bool = False
+    """Go on behind the model's own ends of sequence."""
     logprobs: int | None = None
+    """Report log probabilities, of so many of the most probable tokens too: 0 to 20. None, the default: none."""

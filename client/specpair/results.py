@@ -200,6 +200,8 @@ class Result:
     finish_reason: FinishReason
     stats: Stats
     stop_string: str | None = None
+    request_id: str = ""
+    """Under which the logs of both services have it; that of the session, in one of several turns."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -57,8 +57,9 @@ class Way:
         """Opens the session. Raises what the target raises."""
         return await self._replicas.first(lambda replica: self._at(replica, open))
 
-    async def resume(self, lost: SpecpairError, open: Callable[[TargetTransport], Awaitable[T]]) -> T:
+    async def resume(self, lost: SpecpairError, request_id: str, open: Callable[[TargetTransport], Awaitable[T]]) -> T:
         """Opens the session again after it was lost: what `open` brings at the first target that can go on with it.
+        `request_id` is what the log is to call it.
 
         Raises the failure itself if it is none to go on after, the last failure if no target was there in time, and
         UnavailableError with the reason TARGET_CHANGED if all that are there run something else.
@@ -70,7 +71,7 @@ class Way:
         level, text = logging.WARNING, "target lost: %s; resuming"
         while is_lost(error):
             await self._patience.wait(error)
-            _log.log(level, text, error)
+            _log.log(level, text, error, extra={"request_id": request_id})
             level, text = logging.INFO, "target not back: %s; trying again"
             left = self._patience.left
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from specpair.losses import SESSION_ENDED
 from specpair.messages import DraftStart, Started
 from specpair.params import Prediction, Prompt, SamplingParams
 from specpair.proposers import Proposer
+from specpair.request import RequestContext
+from specpair.request_ids import request_id_of
 from specpair.results import Chunk, Result
 from specpair.resuming import Way
 from specpair.stream import TokenStream
@@ -52,7 +55,9 @@ class Session:
     rounding, as above: in fp32 the tokens were equal in all tests, in bf16 a close choice may fall otherwise.
     """
 
-    def __init__(self, way: Way, draft: SessionDraft) -> None:
+    def __init__(self, way: Way, draft: SessionDraft, request: Callable[[], RequestContext] | None = None) -> None:
+        """`request` makes what logs and traces know a turn by, each with the same id."""
+        self._request = request or partial(RequestContext, request_id_of())
         self._connection = SessionConnection(way)
         self._draft = draft
         self._last: Loop | None = None
@@ -82,13 +87,18 @@ class Session:
         timeout: float | None = None,
     ) -> TokenStream:
         """The next turn, chunk by chunk. It begins with the first iteration."""
-        turn = Turn(prompt, params or SamplingParams(), prediction)
+        turn = Turn(prompt, params or SamplingParams(), prediction, self._request())
         return TokenStream(turn, self._speculate(turn), timeout)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """All tokens of the session so far, prompts and outputs."""
         return tuple(self._last.token_ids) if self._last else ()
+
+    @property
+    def request_id(self) -> str:
+        """Under which the logs of both services have the session, and the results of all of its turns."""
+        return self._request().id
 
     async def aclose(self) -> None:
         """Ends both streams, which frees their slots; a turn that is under way elsewhere fails."""
@@ -127,7 +137,8 @@ class Session:
             plan = await self._draft.plan(turn)
             started = await self._connection.begin(turn, last)
             loop = self._last = turn.begin(started, vocabulary_size=plan.vocabulary_size, last=self._last)
-            proposer = plan.proposer(DraftStart(tuple(loop.token_ids), turn.params, session_id=started.session_id))
+            start = DraftStart(tuple(loop.token_ids), turn.params, session_id=started.session_id, request=turn.request)
+            proposer = plan.proposer(start)
             while loop.finish_reason is None:
                 try:
                     async with contextlib.aclosing(self._rounds(turn, loop, proposer)) as chunks:
@@ -151,7 +162,9 @@ class Session:
                 verdict, sent = await chain.verdict(), loop.under_way
                 chunk = loop.commit(verdict)
                 if sent is not None and not verdict.stale:
-                    chain.learn(sent, verdict)
+                    round = chain.learn(sent, verdict)
+                    if turn.request.recording:
+                        turn.request.round(round)
                     yield chunk
                     turn.meter.resumed()
 

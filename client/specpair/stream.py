@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
-from specpair.errors import DeadlineError
+from specpair.conclusion import conclude
+from specpair.errors import DeadlineError, SpecpairError
 from specpair.results import Chunk, Result, Stats, Token
 from specpair.turn import Turn
 
@@ -27,6 +28,7 @@ class TokenStream:
         self._chunks = chunks
         self._timeout = timeout
         self._deadline: float | None = None
+        self._running: bool | None = None
 
     @property
     def result(self) -> Result:
@@ -35,6 +37,11 @@ class TokenStream:
         if result is None:
             raise RuntimeError("the stream has not reached its end")
         return result
+
+    @property
+    def request_id(self) -> str:
+        """Under which the logs of both services have the generation."""
+        return self._turn.request.id
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -50,19 +57,41 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        if self._deadline is None and self._timeout is not None:
-            self._deadline = asyncio.get_running_loop().time() + self._timeout
+        if self._running is None:
+            self._begin()
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await anext(self._chunks)
         except TimeoutError:
             if self._turn.result is not None:  # all that was missing is the services' farewell
+                self._end(None)
                 raise StopAsyncIteration from None
-            raise DeadlineError(f"not finished within {self._timeout:g} s") from None
+            late = DeadlineError(f"not finished within {self._timeout:g} s", request_id=self.request_id)
+            self._end(late)
+            raise late from None
+        except BaseException as error:
+            self._end(error)
+            if isinstance(error, SpecpairError):
+                error.request_id = error.request_id or self.request_id
+            raise
 
     async def aclose(self) -> None:
         """Ends the calls to both services. To be called by the task that iterates, which others may cancel instead."""
-        await self._chunks.aclose()
+        try:
+            await self._chunks.aclose()
+        finally:
+            self._end(None)
+
+    def _begin(self) -> None:
+        self._running = True
+        if self._timeout is not None:
+            self._deadline = asyncio.get_running_loop().time() + self._timeout
+        self._turn.request.begin()
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._running:
+            self._running = False
+            conclude(self._turn, error)
 
     async def __aenter__(self) -> Self:
         return self

@@ -40,9 +40,12 @@ class SyncSpeculativeClient:
         *,
         prediction: Prediction | None = None,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Result:
         """Continues a prompt; see SpeculativeClient.generate."""
-        return self._loop.run(self._client.generate(prompt, params, prediction=prediction, timeout=timeout))
+        return self._loop.run(
+            self._client.generate(prompt, params, prediction=prediction, timeout=timeout, request_id=request_id)
+        )
 
     def stream(
         self,
@@ -51,13 +54,15 @@ class SyncSpeculativeClient:
         *,
         prediction: Prediction | None = None,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> SyncTokenStream:
         """Continues a prompt, chunk by chunk; see SpeculativeClient.stream."""
-        return SyncTokenStream(self._client.stream(prompt, params, prediction=prediction, timeout=timeout), self._loop)
+        stream = self._client.stream(prompt, params, prediction=prediction, timeout=timeout, request_id=request_id)
+        return SyncTokenStream(stream, self._loop)
 
-    def session(self) -> SyncSession:
-        """Several turns on one KV cache: `with client.session() as session`; see Session."""
-        return SyncSession(self._client.session(), self._loop)
+    def session(self, *, request_id: str | None = None) -> SyncSession:
+        """Several turns on one KV cache: `with client.session() as session`; see SpeculativeClient.session."""
+        return SyncSession(self._client.session(request_id=request_id), self._loop)
 
     def explain(
         self,
@@ -133,6 +138,11 @@ class SyncSession:
         """All tokens of the session so far, prompts and outputs."""
         return self._session.token_ids
 
+    @property
+    def request_id(self) -> str:
+        """Under which the logs of both services have the session, and the results of all of its turns."""
+        return self._session.request_id
+
     def close(self) -> None:
         """Ends both streams, which frees their slots; a turn that another thread runs fails."""
         self.__exit__(None, None, None)
@@ -158,6 +168,11 @@ class SyncTokenStream:
     def result(self) -> Result:
         """The whole generation. Raises RuntimeError before its end."""
         return self._stream.result
+
+    @property
+    def request_id(self) -> str:
+        """Under which the logs of both services have the generation."""
+        return self._stream.request_id
 
     @property
     def tokens(self) -> tuple[Token, ...]:

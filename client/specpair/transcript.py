@@ -39,15 +39,15 @@ class Transcript:
         Raises InvalidRequestError, as the target does, for messages behind what is no conversation.
         """
         if not self.token_ids:
-            return Start(turn.prompt, turn.params)
+            return Start(turn.prompt, turn.params, request=turn.request)
         if is_chat(turn.prompt):
             if not self.messages:
                 raise InvalidRequestError("the session does not hold a conversation", field="extend.prompt.chat")
-            return Start(self._with(turn.prompt), turn.params)
+            return Start(self._with(turn.prompt), turn.params, request=turn.request)
         added = turn.prompt
         if isinstance(added, str):
             added = await target.tokenize(added, within, continuation=True)
-        return Start((*self.token_ids, *cast("Sequence[int]", added)), turn.params)
+        return Start((*self.token_ids, *cast("Sequence[int]", added)), turn.params, request=turn.request)
 
     def again(self, turn: Turn, *, chat: bool) -> Start:
         """The turn behind the tokens that it has committed so far: as a conversation if `chat` and it is one, else as
@@ -55,7 +55,9 @@ class Transcript:
         assert turn.loop is not None, "the turn has begun"
         ids, prompt_length = turn.loop.token_ids, turn.loop.prompt_length
         messages = self._with(turn.prompt) if chat else ()
-        return Start(messages or tuple(ids[:prompt_length]), turn.params, tuple(ids[prompt_length:]))
+        return Start(
+            messages or tuple(ids[:prompt_length]), turn.params, tuple(ids[prompt_length:]), request=turn.request
+        )
 
     def _with(self, prompt: Prompt) -> tuple[ChatMessage, ...]:
         """The messages, with those of a prompt behind them; none if either is no conversation."""

@@ -7,6 +7,7 @@ from specpair.loop import Loop
 from specpair.messages import Started
 from specpair.meter import Meter
 from specpair.params import Prediction, Prompt, SamplingParams
+from specpair.request import RequestContext
 from specpair.results import Result, Stats, Token
 
 __all__ = ["Turn"]
@@ -15,13 +16,21 @@ __all__ = ["Turn"]
 class Turn:
     """A prompt and what has come of it; its clock starts with its making.
 
-    `prediction` is text or token ids that the caller expects as the output, or None.
+    `prediction` is text or token ids that the caller expects as the output, or None. `request` is how logs and traces
+    know it.
     """
 
-    def __init__(self, prompt: Prompt, params: SamplingParams, prediction: Prediction | None = None) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        prediction: Prediction | None = None,
+        request: RequestContext | None = None,
+    ) -> None:
         self.prompt = prompt
         self.params = params
         self.prediction = prediction
+        self.request = request or RequestContext()
         self.meter = Meter()
         self.loop: Loop | None = None
 
@@ -64,4 +73,5 @@ class Turn:
             finish_reason=loop.finish_reason,
             stats=self.stats,
             stop_string=loop.stop_string,
+            request_id=self.request.id,
         )

@@ -266,8 +266,8 @@ def _started(started: target_pb2.SessionStarted) -> Started:
 
 
 def _verdict(verdict: target_pb2.Verdict) -> Verdict:
-    if verdict.status == target_pb2.Verdict.STATUS_UNSPECIFIED:
-        raise ProtocolError(f"the verdict on round {verdict.round} has no status")
+    if verdict.status not in (target_pb2.Verdict.STATUS_APPLIED, target_pb2.Verdict.STATUS_STALE):
+        raise ProtocolError(f"the verdict on round {verdict.round} has no status that this client knows")
     return Verdict(
         round=verdict.round,
         stale=verdict.status == target_pb2.Verdict.STATUS_STALE,

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from specpair.errors import InvalidRequestError, UnsupportedError
 from specpair.v1.common_pb2 import Source
 from specpair_draft.config import DraftConfig
+from specpair_draft.metrics import DraftMetrics
 from specpair_draft.proposers import ModelProposer, NgramProposer, Proposer
 from specpair_draft.scheduler import Scheduler
 from specpair_draft.sessions import Session
 from specpair_draft.steps import STEP_WIDTHS, Decoder
 from specpair_runtime.models.profiling import profiler_of
 from specpair_runtime.models.serving_model import ServingModel, load_serving_model
-from specpair_runtime.serving import Caller, ServiceStatus
+from specpair_runtime.serving import Caller, ServiceStatus, stage
 from specpair_runtime.slots import SlotPool
 
 __all__ = ["Engine"]
@@ -27,29 +28,39 @@ class Engine:
     """Opens proposers. One thread decodes for those with the model, another one looks up for the others."""
 
     def __init__(
-        self, config: DraftConfig, model: ServingModel | None, on_failure: Callable[[str], None] = lambda reason: None
+        self,
+        config: DraftConfig,
+        model: ServingModel | None,
+        on_failure: Callable[[str], None] = lambda reason: None,
+        metrics: DraftMetrics | None = None,
     ) -> None:
         self.model = model
-        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout, config.sessions_per_client)
+        metrics = metrics or DraftMetrics()
+        self.pool = SlotPool(
+            config.slots, config.queue, config.queue_timeout, config.sessions_per_client, metrics.engine.waited
+        )
         # Prompt lookup needs no KV slot, but memory for its index and time of its thread.
         self._lookups = SlotPool(_MAX_LOOKUPS, config.queue, config.queue_timeout, config.sessions_per_client)
+        metrics.watch_lookups(self._lookups)
         self._config = config
         self._lookup_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lookup")
         self._scheduler: Scheduler | None = None
         if model is not None:
+            metrics.engine.watch(self.pool, queue=config.queue, recompilations=lambda: model.recompilations.count)
             self._scheduler = Scheduler(
                 Decoder(model.runner),
                 prefill_chunk=config.prefill_chunk,
                 on_failure=on_failure,
                 profiler=profiler_of(config, "draft"),
+                metrics=metrics.engine,
             )
             self._scheduler.start()
 
     @classmethod
-    def load(cls, config: DraftConfig, status: ServiceStatus) -> Engine:
+    def load(cls, config: DraftConfig, status: ServiceStatus, metrics: DraftMetrics | None = None) -> Engine:
         """Loads the configured model, if any; blocks until it is warm. Raises ModelLoadError."""
         model = None if config.proposer == "ngram" else load_serving_model(config, STEP_WIDTHS, status)
-        return cls(config, model, status.fail)
+        return cls(config, model, status.fail, metrics)
 
     @property
     def sources(self) -> list[Source.ValueType]:
@@ -84,6 +95,7 @@ class Engine:
                 stop_ids=self.model.loaded.fingerprint.eos_token_ids,
                 run_ahead=self._config.run_ahead,
             )
+            stage("prefill", session.prefill)
             proposer = ModelProposer(self._scheduler, session, runner.max_length)
             try:
                 yield proposer

@@ -13,6 +13,7 @@ from specpair.errors import SpecpairError
 from specpair_draft.asks import Ask, Deliver, Turn
 from specpair_draft.sessions import Level, Session
 from specpair_draft.steps import CATCH_UP, Decoder
+from specpair_runtime.engine_metrics import EngineMetrics
 from specpair_runtime.models.failures import fatal, non_finite, public
 
 __all__ = ["Lockstep"]
@@ -31,11 +32,17 @@ class Lockstep:
     """
 
     def __init__(
-        self, decoder: Decoder, *, prefill_chunk: int, interrupted: Callable[[], bool] = lambda: False
+        self,
+        decoder: Decoder,
+        *,
+        prefill_chunk: int,
+        interrupted: Callable[[], bool] = lambda: False,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self._decoder = decoder
         self._prefill_chunk = prefill_chunk
         self._interrupted = interrupted
+        self._metrics = metrics or EngineMetrics()
         self._sessions: list[Session] = []
         self._prefills: deque[Session] = deque()
         self._log = structlog.get_logger("specpair.engine")
@@ -82,7 +89,10 @@ class Lockstep:
         return chunk
 
     def _queue_prefill(self, session: Session) -> None:
-        if session.path.fits and session.path.backlog > CATCH_UP and session not in self._prefills:
+        if not session.path.fits or session.path.backlog <= CATCH_UP:
+            session.prefill.stop()
+        elif session not in self._prefills:
+            session.prefill.start()
             self._prefills.append(session)
 
     def _prefill_chunk_of_next(self) -> bool:
@@ -94,6 +104,7 @@ class Lockstep:
             return True
         path = session.path
         if path.fits and path.backlog > CATCH_UP:
+            began = time.perf_counter_ns()
             chunk = path.tokens[path.fed : min(path.fed + self._prefill_chunk, len(path.tokens) - 1)]
             try:
                 self._decoder.runner.prefill(session.slot, chunk, path.fed)
@@ -103,6 +114,7 @@ class Lockstep:
                 self._fail(session, error)
                 return True
             path.feed(len(chunk))
+            self._metrics.prefilled(len(chunk), (time.perf_counter_ns() - began) / 1e9)
             self._queue_prefill(session)
         return True
 
@@ -131,6 +143,7 @@ class Lockstep:
                 self._attempt([session], most)
             return
         spent = time.perf_counter_ns() - began
+        self._metrics.stepped(len(sessions), spent / 1e9)
         for session in sessions:
             session.spend(spent)
             if not session.closed:

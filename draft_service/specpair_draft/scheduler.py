@@ -14,6 +14,7 @@ from specpair_draft.asks import Ask, Deliver, Turn
 from specpair_draft.lockstep import Lockstep
 from specpair_draft.sessions import Session
 from specpair_draft.steps import Decoder
+from specpair_runtime.engine_metrics import EngineMetrics
 from specpair_runtime.models.profiling import Profiler, Unprofiled
 
 __all__ = ["Scheduler"]
@@ -29,6 +30,7 @@ class Scheduler:
         prefill_chunk: int,
         on_failure: Callable[[str], None] = lambda reason: None,
         profiler: Profiler | None = None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         """`on_failure` is told why, should the thread itself fail: nothing is computed from then on."""
         self._on_failure = on_failure
@@ -36,7 +38,9 @@ class Scheduler:
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._stopping = False
-        self._lockstep = Lockstep(decoder, prefill_chunk=prefill_chunk, interrupted=lambda: bool(self._inbox))
+        self._lockstep = Lockstep(
+            decoder, prefill_chunk=prefill_chunk, interrupted=lambda: bool(self._inbox), metrics=metrics
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._log = structlog.get_logger("specpair.engine")
 

@@ -15,8 +15,9 @@ from specpair_draft import wire
 from specpair_draft.asks import Ask, Timed, Turn
 from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
+from specpair_draft.metrics import DraftMetrics
 from specpair_draft.proposers import Proposer
-from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate
+from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate, annotate_at_end
 from specpair_runtime.wire import describe_model
 
 __all__ = ["DraftServicer"]
@@ -27,14 +28,15 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Answers the calls of `DraftService`; the engine comes later than the servicer, which is there from the start."""
 
-    def __init__(self, config: DraftConfig, status: ServiceStatus) -> None:
+    def __init__(self, config: DraftConfig, status: ServiceStatus, metrics: DraftMetrics | None = None) -> None:
         self._config = config
+        self._metrics = metrics or DraftMetrics()
         self._status = status
         self._engine: Engine | None = None
 
     def load(self, status: ServiceStatus) -> None:
         """Loads the model, if any; blocks. Raises ModelLoadError."""
-        self._engine = Engine.load(self._config, status)
+        self._engine = Engine.load(self._config, status, self._metrics)
 
     def stop(self) -> None:
         """Stops the engine, if there is one; blocks."""
@@ -76,7 +78,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         turn = wire.read_turn(first.start, vocabulary)
         async with engine.proposer(first.start.proposer, Caller.of(context)) as proposer:
             annotate(session_id=first.start.session_id, source=common_pb2.Source.Name(proposer.source))
-            stream = _Stream(proposer, vocabulary)
+            stream = _Stream(proposer, vocabulary, self._metrics)
+            annotate_at_end(stream.fields)
             reading = asyncio.create_task(stream.read(turn, attended))
             try:
                 while (response := await stream.next()) is not None:
@@ -95,8 +98,9 @@ class _Stream:
     answers pile up that it does not read.
     """
 
-    def __init__(self, proposer: Proposer, vocabulary: int | None) -> None:
+    def __init__(self, proposer: Proposer, vocabulary: int | None, metrics: DraftMetrics | None = None) -> None:
         self._proposer = proposer
+        self._metrics = metrics or DraftMetrics()
         self._vocabulary = vocabulary
         self._answers: asyncio.Queue[draft_pb2.ProposeResponse | Exception | None] = asyncio.Queue()
         self._answered = asyncio.Event()
@@ -104,12 +108,16 @@ class _Stream:
         self._ask: Ask | None = None
         self._owed = 0
         self._ended = False
-        self._messages = self._rounds = self._proposed = 0
+        self._messages = self._turns = self._rounds = self._proposed = 0
 
     @property
     def answered(self) -> int:
         """How many of the stream's messages have all their answers; a further one ends those of the one before it."""
         return self._messages if not self._owed else self._messages - 1
+
+    def fields(self) -> dict[str, int]:
+        """Of the call's log line, as docs/logging.md describes them."""
+        return {"turns": self._turns, "rounds": self._rounds, "proposed": self._proposed}
 
     async def read(self, turn: Turn, requests: AsyncIterator[draft_pb2.ProposeRequest]) -> None:
         """Begins a turn and takes the requests behind its start, to their end or to one that is bad."""
@@ -139,7 +147,8 @@ class _Stream:
         if answer is not None and answer.HasField("proposal"):
             self._rounds += answer.proposal.index == 0
             self._proposed += len(answer.proposal.token_ids)
-            annotate(rounds=self._rounds, proposed=self._proposed)
+            said = answer.proposal
+            self._metrics.proposed(said.source, len(said.token_ids), said.queue_us, said.draft_us)
         return answer
 
     def sent(self, response: draft_pb2.ProposeResponse) -> None:
@@ -151,6 +160,7 @@ class _Stream:
         """Starts a turn; its prefill goes on behind the answer."""
         self._ask, self._owed = None, 0
         self._messages += 1
+        self._turns += 1
         self._proposer.begin(turn)
         started = draft_pb2.ProposeStarted(proposer=self._proposer.source, max_length=self._proposer.max_length)
         self._answers.put_nowait(draft_pb2.ProposeResponse(started=started))

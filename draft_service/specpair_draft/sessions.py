@@ -13,6 +13,7 @@ from specpair_draft.path import Path
 from specpair_runtime.models.runner import ModelRunner
 from specpair_runtime.sampling.history import TokenHistory
 from specpair_runtime.sampling.params import SamplingParams
+from specpair_runtime.serving import Stopwatch
 
 __all__ = ["Level", "Session"]
 
@@ -49,6 +50,8 @@ class Session:
         self.path = Path(max_length)
         self.closed = False
         self.failure: SpecpairError | None = None
+        self.prefill = Stopwatch()
+        """From tokens waiting for more than a step until they are in the slot, other sessions' turns included."""
         self._turn = Turn((), 0)
         self._stop_ids = stop_ids
         self._run_ahead = run_ahead

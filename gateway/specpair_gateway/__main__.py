@@ -9,12 +9,19 @@ import sys
 
 import structlog
 import uvicorn
+from prometheus_client import CollectorRegistry
 
-from specpair import InvalidRequestError, SpeculativeClient
+from specpair import InvalidRequestError, SpeculativeClient, UnavailableError
 from specpair.addresses import is_local
+from specpair.client import ClientOptions
+from specpair.metrics import ClientMetrics
 from specpair_gateway.app import create_app
 from specpair_gateway.config import GatewayConfig
+from specpair_gateway.metrics import RequestMetrics
 from specpair_runtime.serving import configure_logs
+from specpair_runtime.serving.metrics import describe_process
+from specpair_runtime.serving.metrics_listener import MetricsListener
+from specpair_runtime.serving.tracing import configure_tracing
 
 __all__ = ["main", "serve"]
 
@@ -30,11 +37,17 @@ def main() -> None:
 
 async def serve(config: GatewayConfig) -> int:
     """Serves until a signal comes, and returns the exit status of the process."""
+    registry = CollectorRegistry()
+    describe_process(registry, service="gateway")
     # A client belongs to the event loop that it is made on.
     try:
-        client = SpeculativeClient(config.target, config.draft, **config.client_options)
-        app = create_app(config, client)
-    except InvalidRequestError as error:
+        listener = MetricsListener(config.metrics_listen, registry)
+        options: ClientOptions = {**config.client_options, "metrics": ClientMetrics(registry)}
+        # First, for the client traces with what is set up then.
+        tracing = configure_tracing(config.program, wanted=config.otel)
+        client = SpeculativeClient(config.target, config.draft, **options)
+        app = create_app(config, client, RequestMetrics(registry), tracing)
+    except (InvalidRequestError, UnavailableError) as error:
         _log.error(f"failed: {error}")
         return 1
     if not (config.api_keys or is_local(config.listen)):
@@ -65,7 +78,10 @@ async def serve(config: GatewayConfig) -> int:
     # Uvicorn raises the signal that has ended it once more, for whoever else wants to know: here nobody.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    await server.serve()
+    with listener:
+        await server.serve()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     _log.info("stopped")
     return 0
 

@@ -23,11 +23,13 @@ from specpair_gateway.completions import CompletionFormat
 from specpair_gateway.config import GatewayConfig
 from specpair_gateway.formats import Format
 from specpair_gateway.generations import Generations
+from specpair_gateway.metrics import RequestMetrics
 from specpair_gateway.models import ServedModels
 from specpair_gateway.problems import Problem, describe_http, describe_validation, internal, problem
 from specpair_gateway.requests import ChatRequest, CompletionRequest, GenerationRequest
 from specpair_gateway.vocabulary import Vocabulary
 from specpair_runtime.serving.auth import accepted_tokens
+from specpair_runtime.serving.tracing import Tracing
 
 __all__ = ["create_app"]
 
@@ -38,7 +40,12 @@ _DONE = b"data: [DONE]\n\n"
 _log = structlog.stdlib.get_logger("specpair")
 
 
-def create_app(config: GatewayConfig, client: SpeculativeClient) -> ASGIApp:
+def create_app(
+    config: GatewayConfig,
+    client: SpeculativeClient,
+    metrics: RequestMetrics | None = None,
+    tracing: Tracing | None = None,
+) -> ASGIApp:
     """The whole gateway, for an ASGI server; it closes the client when it ends.
 
     Raises InvalidRequestError naming `api_keys` for a file of keys that cannot be used.
@@ -50,13 +57,20 @@ def create_app(config: GatewayConfig, client: SpeculativeClient) -> ASGIApp:
         async with client:
             yield
 
-    app = FastAPI(lifespan=closing, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=closing,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        # `Calls` makes the spans. FastAPI's own are there for health too, and its records quote exceptions.
+        telemetry={"tracing": False, "logs": False},
+    )
     _Endpoints(config, client).add_to(app)
     app.add_exception_handler(SpecpairError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Disconnected, _answer_nobody)
-    return Calls(app, max_body=config.max_body, keys=keys)
+    return Calls(app, max_body=config.max_body, keys=keys, metrics=metrics, tracing=tracing)
 
 
 class _Endpoints:
@@ -99,7 +113,7 @@ class _Endpoints:
         first = jobs[0].params
         vocabulary = None if first.logprobs is None else Vocabulary(self._client)
         answer = form(asked.model, asked.choices, first.seed, vocabulary)
-        running = Generations(self._client, jobs, self._config.timeout or None)
+        running = Generations(self._client, jobs, self._config.timeout or None, current_request_id())
         if not asked.stream:
             async with while_connected(request.receive):
                 async with running:

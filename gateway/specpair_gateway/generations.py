@@ -24,16 +24,19 @@ class Job:
 class Generations:
     """Runs jobs at once, each in a session of its own, and iterates over (number of the job, its next chunk).
 
-        async with Generations(client, jobs, timeout) as running:
+        async with Generations(client, jobs, timeout, request_id) as running:
             async for index, chunk in running: ...
 
     Iterating raises what the first failing job raises. A job is at most one chunk ahead of whoever iterates. Leaving
-    the block ends all of them. A deadline is common to all.
+    the block ends all of them. A deadline is common to all, and so is the id by which the services' logs have them.
     """
 
-    def __init__(self, client: SpeculativeClient, jobs: tuple[Job, ...], timeout: float | None) -> None:
+    def __init__(
+        self, client: SpeculativeClient, jobs: tuple[Job, ...], timeout: float | None, request_id: str
+    ) -> None:
         self._streams = [
-            client.stream(job.prompt, job.params, prediction=job.prediction, timeout=timeout) for job in jobs
+            client.stream(job.prompt, job.params, prediction=job.prediction, timeout=timeout, request_id=request_id)
+            for job in jobs
         ]
         self._ready: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(maxsize=1)
         self._tasks: list[asyncio.Task[None]] = []

@@ -6,11 +6,13 @@ import asyncio
 import heapq
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from specpair.errors import OverloadedError
 from specpair_runtime.fair_queue import FairQueue
 from specpair_runtime.serving.caller import Caller
+from specpair_runtime.serving.record import timed
 
 __all__ = ["SlotPool"]
 
@@ -38,10 +40,18 @@ class _Holder:
 class SlotPool:
     """Hands out slots, lowest first, to waiters in order of arrival; identities take turns. Lives on one event loop."""
 
-    def __init__(self, slots: int, max_waiting: int, max_patience: float, max_sessions: int = 0) -> None:
+    def __init__(
+        self,
+        slots: int,
+        max_waiting: int,
+        max_patience: float,
+        max_sessions: int = 0,
+        waited: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         """At most `max_waiting` sessions wait, each at most `max_patience` seconds.
 
         One identity has at most `max_sessions` sessions at a time, those that wait included; 0: as many as it gets.
+        `waited` is told of each slot that is handed out, how many seconds its session has waited for it.
         """
         self.slots = slots
         self._free = list(range(slots))
@@ -52,11 +62,17 @@ class SlotPool:
         self._max_waiting = max_waiting
         self._max_patience = max_patience
         self._max_sessions = max_sessions
+        self._waited = waited
 
     @property
     def in_use(self) -> int:
         """Slots that belong to a session now."""
         return self.slots - len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that wait for a slot now."""
+        return len(self._waiting)
 
     def check(self, caller: Caller) -> None:
         """Raises what `acquire` would raise at once: before something is done for a session that cannot be."""
@@ -80,14 +96,17 @@ class SlotPool:
         - SESSION_LIMIT: the identity has all the sessions that one may have.
         """
         caller = caller or Caller()
+        began = time.monotonic()
         self.check(caller)
         self._sessions[caller.identity] += 1
         try:
-            slot = heapq.heappop(self._free) if self._free else await self._wait(caller)
+            with timed("queue"):
+                slot = heapq.heappop(self._free) if self._free else await self._wait(caller)
         except BaseException:
             self._leave(caller.identity)
             raise
-        self._held[slot] = _Holder(caller.identity, time.monotonic())
+        self._held[slot] = holder = _Holder(caller.identity, time.monotonic())
+        self._waited(holder.since - began)
         return slot
 
     def release(self, slot: int) -> None:

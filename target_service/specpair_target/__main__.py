@@ -7,14 +7,17 @@ from typing import NoReturn
 
 import grpc
 import structlog
+from prometheus_client import CollectorRegistry
 
 from specpair.errors import SpecpairError
 from specpair.v1 import target_pb2, target_pb2_grpc
 from specpair_runtime.models.mirror import dismiss
 from specpair_runtime.models.ranks import Ranks
 from specpair_runtime.serving import ServiceStatus, configure_logs, run
+from specpair_runtime.serving.metrics import describe_process, watch_phase
 from specpair_target.config import TargetConfig
 from specpair_target.engine import Engine
+from specpair_target.metrics import VerifyMetrics
 from specpair_target.servicer import TargetServicer
 
 __all__ = ["main"]
@@ -28,7 +31,12 @@ def main() -> None:
         _follow(config, ranks)
     configure_logs(config.log_format, config.log_level)
     status = ServiceStatus()
-    servicer = TargetServicer(config, status, ranks)
+    registry = CollectorRegistry()
+    watch_phase(registry, status)
+    describe_process(
+        registry, service="target", model=config.model, dtype=config.dtype, quantization=config.quantization
+    )
+    servicer = TargetServicer(config, status, ranks, VerifyMetrics(registry))
 
     def register(server: grpc.aio.Server) -> list[str]:
         target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server)
@@ -39,7 +47,7 @@ def main() -> None:
         if ranks is not None:
             dismiss(ranks)
 
-    exit_status = run(config, register=register, load=servicer.load, status=status, close=close)
+    exit_status = run(config, register=register, load=servicer.load, status=status, close=close, registry=registry)
     if ranks is not None:
         ranks.exit(exit_status)
     sys.exit(exit_status)

@@ -9,6 +9,7 @@ from uuid import uuid4
 import structlog
 
 from specpair.errors import InvalidRequestError, ProtocolError
+from specpair_runtime.engine_metrics import EngineMetrics
 from specpair_runtime.models.output_identity import output_identity
 from specpair_runtime.models.profiling import profiler_of
 from specpair_runtime.models.ranks import Ranks
@@ -33,13 +34,21 @@ class Engine:
     """Opens sessions and verifies their blocks. Its coroutines run on one event loop, the model in its own thread."""
 
     def __init__(
-        self, model: ServingModel, config: TargetConfig, on_failure: Callable[[str], None] = lambda reason: None
+        self,
+        model: ServingModel,
+        config: TargetConfig,
+        on_failure: Callable[[str], None] = lambda reason: None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
+        metrics = metrics or EngineMetrics()
         self.model = model
         (self.width,) = model.widths
         self.identity = output_identity(model, self.width)
         self.max_length = model.runner.max_length
-        self.pool = SlotPool(config.slots, config.queue, config.queue_timeout, config.sessions_per_client)
+        self.pool = SlotPool(
+            config.slots, config.queue, config.queue_timeout, config.sessions_per_client, metrics.waited
+        )
+        metrics.watch(self.pool, queue=config.queue, recompilations=lambda: model.recompilations.count)
         self._scheduler = Scheduler(
             Verifier(model.runner, self.width),
             prefill_chunk=config.chunk_on(model.runner.device.type),
@@ -47,11 +56,18 @@ class Engine:
             gather=config.gather,
             on_failure=on_failure,
             profiler=profiler_of(config, "target"),
+            metrics=metrics,
         )
         self._scheduler.start()
 
     @classmethod
-    def load(cls, config: TargetConfig, status: ServiceStatus, ranks: Ranks | None = None) -> Engine:
+    def load(
+        cls,
+        config: TargetConfig,
+        status: ServiceStatus,
+        ranks: Ranks | None = None,
+        metrics: EngineMetrics | None = None,
+    ) -> Engine:
         """Loads the configured model, alone or with the `ranks` that this process leads; blocks until it is warm.
 
         Raises ModelLoadError.
@@ -62,7 +78,7 @@ class Engine:
             def choose(runner: ModelRunner) -> list[int]:
                 return [_measured_width(runner, widths, config.expected_acceptance)]
 
-        return cls(load_serving_model(config, widths, status, choose, ranks), config, status.fail)
+        return cls(load_serving_model(config, widths, status, choose, ranks), config, status.fail, metrics)
 
     @staticmethod
     def follow(config: TargetConfig, ranks: Ranks) -> None:

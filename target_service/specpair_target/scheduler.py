@@ -11,6 +11,7 @@ from dataclasses import replace
 import structlog
 
 from specpair.errors import UnavailableError
+from specpair_runtime.engine_metrics import EngineMetrics
 from specpair_runtime.models.failures import fatal, non_finite, public
 from specpair_runtime.models.profiling import Profiler, Unprofiled
 from specpair_target.blocks import Answer, Block, Verification
@@ -49,6 +50,7 @@ class Scheduler:
         gather: bool = False,
         on_failure: Callable[[str], None] = lambda reason: None,
         profiler: Profiler | None = None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         """`step_tokens` are rows of prefill and steps between two looks at the queue, by default a chunk and one
         session's rows; `gather` lets steps wait for company. `on_failure` is told why, should the thread itself fail:
@@ -57,6 +59,7 @@ class Scheduler:
         self._verifier = verifier
         self._on_failure = on_failure
         self._profiler = profiler or Unprofiled()
+        self._metrics = metrics or EngineMetrics()
         self._runner = verifier.runner
         self._rows = RowMaker(verifier)
         self._lanes: dict[Session, Lane] = {}
@@ -91,6 +94,8 @@ class Scheduler:
                 raise UnavailableError("the target stops")
             self._lane(session).rest()
             self._prefills.add(session)
+            if not session.prefilled:
+                session.prefill.start()
             self._wake.notify()
 
     def submit(self, session: Session, block: Block) -> Future[Answer]:
@@ -184,6 +189,7 @@ class Scheduler:
 
     def _prefill_chunk(self, session: Session) -> None:
         """The next chunk of a prompt."""
+        began_ns = time.perf_counter_ns()
         end = min(session.kv_length + self._prefills.chunk, session.prompt_length - 1)
         try:
             self._runner.prefill(session.slot, session.tokens[session.kv_length : end], session.kv_length)
@@ -193,7 +199,10 @@ class Scheduler:
             self._log.exception("prefill failed", session_id=session.id)
             session.failure = public(error)
             return
+        self._metrics.prefilled(end - session.kv_length, (time.perf_counter_ns() - began_ns) / 1e9)
         session.kv_length = end
+        if session.prefilled:
+            session.prefill.stop()
         self._prefills.computed()
         self._budget.spend()
 
@@ -230,6 +239,7 @@ class Scheduler:
         for waiting, said in filter(None, answers):
             queue_us = (began_ns - waiting.queued_ns) // 1000
             waiting.reply(Verification(*said, queue_us=queue_us, batch_sessions=len(group)))
+        self._metrics.stepped(len(group), (time.perf_counter_ns() - began_ns) / 1e9)
 
     def _conclude(self, lane: Lane, row: Row, judgement: Judgement) -> tuple[Waiting, _Said] | None:
         """Commits what was said to a session's first block; returns the block and what to answer, if there is one."""

@@ -15,16 +15,18 @@ import grpc
 from specpair.errors import ProtocolError, UnavailableError, UnsupportedError
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair_runtime.models.ranks import Ranks
-from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate
+from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate, annotate_at_end, stage
 from specpair_runtime.wire import describe_model, read_sampling
 from specpair_target import wire
 from specpair_target.blocks import Answer, Block, Verification
 from specpair_target.config import TargetConfig
 from specpair_target.engine import Engine
 from specpair_target.explain import explain
+from specpair_target.metrics import StreamMetrics, VerifyMetrics
 from specpair_target.prompts import Prompts
 from specpair_target.reading import read_ahead
 from specpair_target.sessions import Session, TurnOptions
+from specpair_target.tally import Tally
 
 __all__ = ["TargetServicer"]
 
@@ -37,16 +39,23 @@ _MOST_UNANSWERED = 32
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Answers the calls of `TargetService`; the engine comes later than the servicer, which is there from the start."""
 
-    def __init__(self, config: TargetConfig, status: ServiceStatus, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: TargetConfig,
+        status: ServiceStatus,
+        ranks: Ranks | None = None,
+        metrics: VerifyMetrics | None = None,
+    ) -> None:
         """`ranks` are the processes that share the model, of which this one leads; None: it is alone."""
         self._config = config
         self._ranks = ranks
+        self._metrics = metrics or VerifyMetrics()
         self._status = status
         self._engine: Engine | None = None
 
     def load(self, status: ServiceStatus) -> None:
         """Loads the model; blocks. Raises ModelLoadError."""
-        self._engine = Engine.load(self._config, status, self._ranks)
+        self._engine = Engine.load(self._config, status, self._ranks, self._metrics.engine)
 
     def stop(self) -> None:
         """Stops the engine, if there is one; blocks."""
@@ -87,20 +96,24 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             raise ProtocolError("the first message must be start", field="message")
         async with self._session(engine, first.start, "start.", context) as (session, started):
             yield target_pb2.VerifyResponse(started=started)
-            answered, rounds, accepted = 1, 0, 0
+            answered, tally = 1, Tally()
+            annotate_at_end(tally.fields)
             attended.answered(answered)
-            submit = partial(self._submit, engine, session)
+            metrics = StreamMetrics(self._metrics)
+            submit = partial(self._submit, engine, session, metrics)
             async with aclosing(read_ahead(attended, submit, _MOST_UNANSWERED)) as messages:
                 async for request, pending in messages:
                     if pending is None:
                         yield target_pb2.VerifyResponse(started=await self._extend(engine, session, request.extend))
+                        tally.turn()
                     else:
                         for behind, verification in enumerate(pending):
-                            answer = wire.verdict(request.block.round + behind, await verification, engine.pool.in_use)
-                            rounds += 1
-                            accepted += answer.accepted
-                            length = answer.base_length + len(answer.committed.token_ids)
-                            annotate(rounds=rounds, accepted=accepted, output_tokens=length - session.prompt_length)
+                            judged = await verification
+                            answer = wire.verdict(request.block.round + behind, judged, engine.pool.in_use)
+                            metrics.answered(
+                                request.block.source, len(request.block.token_ids), answer.accepted, judged
+                            )
+                            tally.answered(len(request.block.token_ids), judged)
                             yield target_pb2.VerifyResponse(verdict=answer)
                     answered += 1
                     attended.answered(answered)
@@ -112,13 +125,15 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         engine = self._ready()
         async with self._session(engine, request, "", context) as (session, started):
             yield target_pb2.GenerateResponse(started=started)
+            tally = Tally()
+            annotate_at_end(tally.fields)
             # The next step runs while this one's token is on its way.
             pending = deque(engine.submit(session, Block()) for _ in range(2))
             try:
                 while isinstance(answer := await pending.popleft(), Verification):
                     pending.append(engine.submit(session, Block()))
-                    if answer.commit.finish_reason:
-                        annotate(output_tokens=session.length - session.prompt_length)
+                    self._metrics.generated.inc(len(answer.commit.token_ids))
+                    tally.answered(0, answer)
                     committed = wire.committed_message(answer.commit)
                     yield target_pb2.GenerateResponse(committed=committed, base_length=answer.base_length)
             finally:
@@ -189,10 +204,11 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         prompt = await asyncio.to_thread(wire.read_prompt, request.prompt, prompts, limits, "extend.prompt", session)
         kept = engine.extend(session, prompt, options)
         annotate(prompt_tokens=len(prompt.token_ids), cached_tokens=kept)
+        self._metrics.began(prompt_tokens=len(prompt.token_ids), cached_tokens=kept)
         return wire.started(session, limits, kept, engine.identity)
 
     def _submit(
-        self, engine: Engine, session: Session, request: target_pb2.VerifyRequest
+        self, engine: Engine, session: Session, metrics: StreamMetrics, request: target_pb2.VerifyRequest
     ) -> list[asyncio.Future[Answer]] | None:
         """Hands blocks to the engine, where they wait for the verdicts before; None for the next turn's prompt."""
         kind = request.WhichOneof("message")
@@ -201,6 +217,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         if kind != "block":
             raise ProtocolError(f"expected a block, got {kind or 'an empty message'}", field=kind or "message")
         blocks = wire.read_blocks(request.block, session.options.sampling, self._limits(engine))
+        metrics.submitted(len(blocks))
         return [engine.submit(session, block) for block in blocks]
 
     def _ready(self) -> Engine:
@@ -239,6 +256,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         committed = wire.read_committed(request.committed_token_ids, len(prompt.token_ids), limits, committed_field)
         session = await engine.open(prompt, committed, options, committed_field=committed_field, caller=caller)
         annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
+        annotate(cached_tokens=0, committed_tokens=len(committed))
+        stage("prefill", session.prefill)
+        self._metrics.began(prompt_tokens=len(prompt.token_ids), committed_tokens=len(committed))
         try:
             yield session, wire.started(session, limits, 0, engine.identity)
         finally:

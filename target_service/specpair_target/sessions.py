@@ -10,6 +10,7 @@ from specpair.v1.common_pb2 import FinishReason
 from specpair_runtime.sampling.history import TokenHistory
 from specpair_runtime.sampling.logprobs import PositionLogprobs
 from specpair_runtime.sampling.params import GREEDY, SamplingParams
+from specpair_runtime.serving import Stopwatch
 from specpair_target.text import TextStream
 
 __all__ = ["ChatMessage", "Commit", "Session", "TurnOptions"]
@@ -69,6 +70,8 @@ class Session:
     failure: SpecpairError | None = None
     history: TokenHistory | None = None
     messages: list[ChatMessage] = field(default_factory=list)
+    prefill: Stopwatch = field(default_factory=Stopwatch)
+    """From a turn's prompt being handed over until it is in the slot, other sessions' turns at the engine included."""
     _answer: list[str] = field(default_factory=list)
 
     @property

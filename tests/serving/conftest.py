@@ -49,7 +49,7 @@ def running(fake):
     """An async context manager that runs a fake target; it takes serve's `load` and `close` and settings."""
 
     @contextlib.asynccontextmanager
-    async def run(load=lambda status: None, close=lambda: None, **settings):
+    async def run(load=lambda status: None, close=lambda: None, registry=None, **settings):
         servicer = fake.FakeTarget(ServiceStatus())
 
         def register(server):
@@ -66,6 +66,7 @@ def running(fake):
                 status=servicer.status,
                 close=close,
                 on_listening=listening.set_result,
+                registry=registry,
             )
         )
         await asyncio.wait({task, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from specpair_runtime.serving.attended import Attended
 from specpair_runtime.serving.caller import Caller
 from specpair_runtime.serving.config import ServiceConfig
-from specpair_runtime.serving.interceptors import CallInterceptor, annotate
+from specpair_runtime.serving.interceptors import CallInterceptor
 from specpair_runtime.serving.logs import configure as configure_logs
+from specpair_runtime.serving.record import Stopwatch, annotate, annotate_at_end, stage
 from specpair_runtime.serving.server import run, serve
 from specpair_runtime.serving.status import ServiceStatus, StatusSnapshot
 
@@ -17,8 +18,11 @@ __all__ = [
     "ServiceConfig",
     "ServiceStatus",
     "StatusSnapshot",
+    "Stopwatch",
     "annotate",
+    "annotate_at_end",
     "configure_logs",
     "run",
     "serve",
+    "stage",
 ]

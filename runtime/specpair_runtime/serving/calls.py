@@ -40,6 +40,11 @@ class Calls:
             raise
 
     @property
+    def count(self) -> int:
+        """Calls under way."""
+        return len(self._running)
+
+    @property
     def refusal(self) -> UnavailableError | None:
         """What a new call gets; None as long as calls are taken."""
         return self._refusal

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from specpair_runtime.serving.flags import CONFIG, flag_name, read_flags
@@ -25,16 +25,31 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, JSON lines otherwise.")
     log_level: LogLevel = Field("info", description="Least level that is logged.")
     grace: float = Field(10.0, ge=0, description="Seconds that running calls get to finish after SIGTERM.")
+    metrics_listen: str = Field(
+        "",
+        description="Address to serve Prometheus metrics on, in plain HTTP for everybody, HOST:PORT; default: none.",
+    )
 
-    @field_validator("listen")
+    otel: bool = Field(
+        False, description="Export OpenTelemetry traces as the variables OTEL_... say; on if they name an endpoint."
+    )
+
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _names_a_port(cls, value: str) -> str:
-        if value.startswith("unix:"):
+    def _names_a_port(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.field_name == "metrics_listen":
+            return value
+        if value.startswith("unix:") and info.field_name == "listen":
             return value
         host, _, port = value.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError("must be HOST:PORT with a port from 0 to 65535")
         return value
+
+    @property
+    def program(self) -> str:
+        """The command that this configures, such as specpair-target."""
+        return self.model_config.get("env_prefix", "").rstrip("_").lower().replace("_", "-") or "specpair"
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None, prog: str | None = None) -> Self:

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import structlog
+from prometheus_client import CollectorRegistry
 
 from specpair.addresses import is_local
 from specpair.errors import InvalidRequestError, SpecpairError, UnavailableError
@@ -27,10 +28,13 @@ from specpair_runtime.serving.config import ServiceConfig
 from specpair_runtime.serving.ending import Ending
 from specpair_runtime.serving.health import Health
 from specpair_runtime.serving.interceptors import CallInterceptor
+from specpair_runtime.serving.metrics import CallMetrics
+from specpair_runtime.serving.metrics_listener import MetricsListener
 from specpair_runtime.serving.progress import shown
 from specpair_runtime.serving.reflection import add_reflection
 from specpair_runtime.serving.status import ServiceStatus
 from specpair_runtime.serving.tls import server_credentials
+from specpair_runtime.serving.tracing import Tracing, configure_tracing
 
 # Messages stay limited to 4 MiB, gRPC's default.
 _OPTIONS = (
@@ -38,7 +42,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Clients ping every 60 s to keep idle sessions alive through proxies. The default answers that with GOAWAY.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
 )
 
 # Seconds between NOT_SERVING and the goodbye on every connection. gRPC cancels a call that crosses a goodbye, and that
@@ -61,6 +65,7 @@ class _Service:
     load: Load
     status: ServiceStatus
     close: Close
+    registry: CollectorRegistry | None
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,21 @@ class _Outcome:
     abandoned: bool = False
 
 
-def run(config: ServiceConfig, *, register: Register, load: Load, status: ServiceStatus, close: Close) -> int:
+def run(
+    config: ServiceConfig,
+    *,
+    register: Register,
+    load: Load,
+    status: ServiceStatus,
+    close: Close,
+    registry: CollectorRegistry | None = None,
+) -> int:
     """Runs `serve` with the start shown on stderr, and returns its exit status. For mains.
 
     When a signal during the load or a second signal leaves a thread at work, this ends the process by itself.
     """
     with shown(status):
-        outcome = asyncio.run(_serve(config, _Service(register, _frozen(load), status, close), None))
+        outcome = asyncio.run(_serve(config, _Service(register, _frozen(load), status, close, registry), None))
     if outcome.abandoned:
         # A native thread that asks for the GIL back while the interpreter exits is killed there, which may abort the
         # process with a status of its own.
@@ -109,6 +122,7 @@ async def serve(
     status: ServiceStatus,
     close: Close,
     on_listening: Callable[[str], None] | None = None,
+    registry: CollectorRegistry | None = None,
 ) -> int:
     """Runs a service until a signal or a failure ends it, and returns the exit status of its process.
 
@@ -118,6 +132,7 @@ async def serve(
     `close` runs in a thread of its own after the last call has ended, also when `load` raised. It is left out when the
     service could not begin to listen and when the load still goes on.
     `on_listening` gets the address in use.
+    `registry` gets the metrics of calls and is served at `config.metrics_listen`, if there is one.
 
     Returns 0 after SIGTERM or SIGINT: health turns NOT_SERVING at once, new calls are refused, and running calls get
     `config.grace` seconds to end; those that are left are ended. Both are UNAVAILABLE with the reason DRAINING.
@@ -126,19 +141,22 @@ async def serve(
     FAILED. Returns 128 plus its number after a second signal, which ends at once, without `close`.
     Raises what `close` raises. Cancelling this ends all calls at once and closes.
     """
-    return (await _serve(config, _Service(register, load, status, close), on_listening)).exit_status
+    return (await _serve(config, _Service(register, load, status, close, registry), on_listening)).exit_status
 
 
 async def _serve(config: ServiceConfig, service: _Service, on_listening: Callable[[str], None] | None) -> _Outcome:
     try:
         credentials, guards = server_credentials(config), token_interceptors(config)
+        tracing = configure_tracing(config.program, wanted=config.otel)
     except InvalidRequestError as error:
         return _refuse(service.status, error)
     calls = Calls()
     # Outermost stands what logs calls: those that are denied too.
-    interceptors = [CallInterceptor(calls, config.idle_timeout), *guards]
+    metrics = CallMetrics(service.registry, calls)
+    interceptors = [CallInterceptor(calls, config.idle_timeout, metrics.ended, tracing), *guards]
     server = grpc.aio.server(interceptors=interceptors, options=_options(config))
     services = [*service.register(server), Health.SERVICE]
+    metrics.know(services)
     health = Health()
     health.add_to(server)
     health.set(services, serving=False)
@@ -146,11 +164,12 @@ async def _serve(config: ServiceConfig, service: _Service, on_listening: Callabl
         add_reflection(server, services)
     try:
         address = _bind(server, config.listen, credentials)
+        listener = MetricsListener(config.metrics_listen, service.registry)
     except UnavailableError as error:
         return _refuse(service.status, error)
     if credentials is None and not is_local(config.listen):
         _log.warning("no TLS: prompts and outputs cross the network in plain text", address=address)
-    with Ending(service.status) as ending:
+    with listener, Ending(service.status) as ending:
         await server.start()
         _log.info("listening", address=address)
         if on_listening is not None:
@@ -172,7 +191,7 @@ async def _serve(config: ServiceConfig, service: _Service, on_listening: Callabl
             health.shut_down()
             calls.refuse(*(("the service failed", "FAILED") if exit_status else ("the service stops", "DRAINING")))
             close = service.close if loading.done() else None
-            stopping = asyncio.ensure_future(_stop(server, calls, grace, close))
+            stopping = asyncio.ensure_future(_stop(server, calls, grace, close, tracing))
             await _first(stopping, ending.forced)
         if not stopping.done():
             stopping.cancel()
@@ -247,7 +266,9 @@ def _loaded(loading: asyncio.Future[None], status: ServiceStatus) -> bool:
     return status.phase == common_pb2.PHASE_READY
 
 
-async def _stop(server: grpc.aio.Server, calls: Calls, grace: float, close: Callable[[], None] | None) -> None:
+async def _stop(
+    server: grpc.aio.Server, calls: Calls, grace: float, close: Close | None, tracing: Tracing | None
+) -> None:
     """Waits for the calls that run, at most `grace` seconds, and ends the others; then closes."""
     notice = min(grace, _NOTICE)
     await asyncio.sleep(notice)
@@ -257,6 +278,8 @@ async def _stop(server: grpc.aio.Server, calls: Calls, grace: float, close: Call
     await goodbye
     if close is not None:
         await _in_thread(close, "close")
+    if tracing is not None:
+        await _in_thread(tracing.close, "traces")
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:
