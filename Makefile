@@ -3,15 +3,11 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell command -v $(name))))
 BIN := .venv/bin
 
-# Tests whose own process runs what they test and which take little longer under coverage; and all others.
-MEASURED := $(addprefix tests/,client gateway sampling serving)
-UNMEASURED := $(filter-out $(MEASURED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
-
 # Two processes on the same cores: OpenMP's waiting threads must not spin.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-ray test-others coverage bench soak fuzz check protos release-protos docs dist
+.PHONY: help venv demo test test-ray coverage bench soak fuzz check protos release-protos docs dist
 
 help:  ## Show this.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,11 +24,8 @@ test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
 	then echo 'npm failed: tests with buf, and of examples/node, are skipped'; fi
 	$(BIN)/python -m pytest $(ARGS)
 
-coverage: .venv/.installed  ## Run the tests of client, gateway, sampling and serving, and see what of these they reach.
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(MEASURED) $(ARGS)
-
-test-others: .venv/.installed  ## Run the tests that `make coverage` leaves out.
-	$(MAKE) test ARGS='$(UNMEASURED) $(ARGS)'
+coverage: .venv/.installed  ## Run the tests and see what of client, gateway, sampling and serving they reach.
+	$(MAKE) test ARGS='--cov --cov-report=term:skip-covered --cov-report=html $(ARGS)'
 
 test-ray: .venv/.installed  ## Install Ray, and test both services under Ray Serve.
 	@$(BIN)/python -c 'import ray.serve' 2> /dev/null || $(BIN)/python -m pip install -c constraints.txt -e '.[ray]'
