@@ -201,7 +201,7 @@ def main() -> None:
         [f"--model={options.models / 'target'}", *common], [f"--model={options.models / 'draft'}", *common]
     ) as services:
         for service in services:
-            asyncio.run(service.wait(lambda line: None))
+            asyncio.run(service.wait(lambda *_: None))
         found = measure(options, (services[0].address, services[1].address))
     for one in found:
         print(

@@ -95,7 +95,7 @@ def _services(options: Options, *, slots: int, max_length: int, draft: bool) -> 
 
 async def _wait(services: Sequence[object]) -> None:
     for service in services:
-        await service.wait(lambda line: None)  # type: ignore[attr-defined]
+        await service.wait(lambda *_: None)  # type: ignore[attr-defined]
 
 
 async def _prompts(client: SpeculativeClient, options: Options, count: int) -> list[list[int]]:

@@ -103,7 +103,7 @@ def serve_loops(
 async def wait(services: Sequence[Service], progress: Callable[[str], None]) -> None:
     """Until all of them serve."""
     for service in services:
-        await service.wait(progress)
+        await service.wait(lambda waited, sight: progress(f"{waited.role}: {sight}"))
 
 
 async def _connect(target: str, draft: str, draft_length: int | None, *, lookup: bool) -> SpeculativeClient:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import signal
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -54,7 +55,9 @@ async def answer(client: SpeculativeClient, line: bytes) -> AsyncGenerator[dict[
     except InvalidRequestError as error:
         yield {"error": "invalid", "field": error.field, "message": error.message}
     except OverloadedError as error:
-        yield {"error": "overloaded", "reason": error.reason, "retry_after": error.retry_after}
+        # Infinite where coming back is of no use: JSON has no number for that.
+        later = error.retry_after if error.retry_after is not None and math.isfinite(error.retry_after) else None
+        yield {"error": "overloaded", "reason": error.reason, "retry_after": later}
     except SpecpairError as error:
         yield {"error": type(error).__name__, "message": error.message, "request_id": error.request_id}
 

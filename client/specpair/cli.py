@@ -17,6 +17,7 @@ from specpair.errors import (
     SpecpairError,
     UnavailableError,
 )
+from specpair.visible import visible
 
 __all__ = ["exit_code", "main"]
 
@@ -55,7 +56,7 @@ def exit_code(error: SpecpairError) -> int:
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + visible(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from specpair.errors import SpecpairError, status_of
+from specpair.request import Observer
 from specpair.turn import Turn
 
 __all__ = ["conclude"]
@@ -20,8 +21,7 @@ def conclude(turn: Turn, error: BaseException | None) -> None:
     """
     request = turn.request
     if request.observer is not None:
-        finish = turn.loop.finish_reason if turn.loop is not None else None
-        request.observer.record(_status(turn, error), finish.value if finish is not None else "", turn.stats)
+        _count(turn, request.observer, _status(turn, error))
     if not (request.recording or _log.isEnabledFor(logging.INFO)):
         request.end(_status(turn, error), {})
         return
@@ -61,6 +61,15 @@ def conclude(turn: Turn, error: BaseException | None) -> None:
         stats.proposed,
         extra=fields,
     )
+
+
+def _count(turn: Turn, observer: Observer, status: str) -> None:
+    """Tells who counts, whose failure is not the generation's."""
+    finish = turn.loop.finish_reason if turn.loop is not None else None
+    try:
+        observer.record(status, finish.value if finish is not None else "", turn.stats)
+    except Exception:
+        _log.exception("a generation was not counted", extra={"request_id": turn.request.id})
 
 
 def _status(turn: Turn, error: BaseException | None) -> str:

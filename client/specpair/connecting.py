@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from specpair.credentials import Credentials
+from specpair.errors import InvalidRequestError
 
 __all__ = ["Connecting"]
 
@@ -74,8 +75,13 @@ class Connecting:
 
     @property
     def draft(self) -> Credentials:
-        """For the draft: the target's where nothing else is said, but never its token in plain text beside TLS."""
+        """For the draft: the target's where nothing else is said, but never its token in plain text beside TLS.
+
+        Raises InvalidRequestError for options that do not go together.
+        """
         target = self.target
+        if self.draft_tls is False and self.draft_tls_ca is not None:
+            raise InvalidRequestError("is of no use with --no-draft-tls", field="draft_tls_ca")
         if self.draft_tls is False or not (target.secure or self.draft_tls or self.draft_tls_ca):
             shared = None if target.secure else self.token_file
             return Credentials(token=self.draft_token_file or shared, insecure_token=self.insecure_token)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from specpair.errors import ProtocolError, SpecpairError, UnavailableError
-from specpair.losses import SESSION_ENDED
+from specpair.losses import SESSION_ENDED, is_lost
 from specpair.messages import Extend, Start, Started
 from specpair.resuming import Way
 from specpair.transcript import Transcript, is_chat
@@ -16,6 +16,7 @@ from specpair.turn import Turn
 __all__ = ["Connection", "SessionConnection"]
 
 S = TypeVar("S", bound=Receiver[Any])
+T = TypeVar("T")
 
 
 class Connection(Generic[S]):
@@ -40,10 +41,7 @@ class Connection(Generic[S]):
 
     async def resume(self, turn: Turn, lost: SpecpairError) -> None:
         """Goes on with a turn after the call has failed. Its loop then stands where the new call does."""
-        turn.request.event("target lost", error=type(lost).__name__, reason=lost.reason)
-        await self._way.resume(lost, turn.request.id, lambda target: self._again(turn, target))
-        turn.request.event("resumed")
-        turn.meter.resumes += 1
+        await self._resumed(turn, lost, lambda target: self._again(turn, target))
 
     def progress(self) -> None:
         """The target has committed something."""
@@ -54,6 +52,15 @@ class Connection(Generic[S]):
         self._closed = True
         if self._stream is not None:
             self._stream.cancel()
+
+    async def _resumed(self, turn: Turn, lost: SpecpairError, open: Callable[[TargetTransport], Awaitable[T]]) -> T:
+        """What `open` brings at a target that goes on, told to the turn. Raises what the way raises."""
+        if is_lost(lost):
+            turn.request.event("target lost", error=type(lost).__name__, reason=lost.reason)
+        opened = await self._way.resume(lost, turn.request.id, open)
+        turn.request.event("resumed")
+        turn.meter.resumes += 1
+        return opened
 
     async def _start(self, turn: Turn, target: TargetTransport) -> Started:
         start = await self._before.start(turn, target, self._way.left)
@@ -107,11 +114,7 @@ class SessionConnection(Connection[VerifyStream]):
                 return await self._way.again(lambda target: self._start(turn, target))
             return await self._extend(turn)
         except SpecpairError as lost:
-            turn.request.event("target lost", error=type(lost).__name__, reason=lost.reason)
-            started = await self._way.resume(lost, turn.request.id, lambda target: self._start(turn, target))
-            turn.request.event("resumed")
-        turn.meter.resumes += 1
-        return started
+            return await self._resumed(turn, lost, lambda target: self._start(turn, target))
 
     async def _extend(self, turn: Turn) -> Started:
         await self.stream.send(Extend(turn.prompt, turn.params))

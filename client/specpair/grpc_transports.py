@@ -210,10 +210,11 @@ class _GrpcService:
 
     def _call(self, method: str, request: RequestContext | None, make: Callable[[_Metadata | None], Made]) -> Made:
         """Makes a call of a generation, given its metadata; the service and the generation's trace are told whose."""
+        metadata = self._metadata  # may raise: before anything is begun
         if request is None:
-            return make(self._metadata)
+            return make(metadata)
         call = request.call(method, self.address)
-        made = make((*(self._metadata or ()), *call.metadata))
+        made = make((*(metadata or ()), *call.metadata))
         call.follow(made)
         return made
 

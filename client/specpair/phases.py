@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 
 from specpair.messages import Phase
 from specpair.rendering import decorated, stderr
+from specpair.visible import visible
 from specpair.waiting import Sight, Waited
 
 __all__ = ["showing"]
@@ -33,7 +34,7 @@ class _Bars:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # the brackets of an address are none
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -54,7 +55,7 @@ class _Bars:
         if key not in self._tasks:
             self._progress.start()
             self._tasks[key] = self._progress.add_task("", total=1.0 if sight.starting else None)
-        description = f"{one.role} {one.address}: {sight}"
+        description = visible(f"{one.role} {one.address}: {sight}")
         self._progress.update(self._tasks[key], description=description, completed=sight.progress)
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.text import Text
 from specpair.memory import MemoryPlan
 from specpair.messages import ModelInfo
 from specpair.results import Chunk, PositionExplanation, Result, Source, Stats
+from specpair.visible import visible
 
 __all__ = [
     "PLAIN",
@@ -37,16 +39,22 @@ __all__ = [
     "stdout",
     "summary",
     "tally",
-    "visible",
 ]
 
 # See https://no-color.org; here nothing else that a terminal would interpret is written then either.
 PLAIN = bool(os.environ.get("NO_COLOR"))
 
 
+class _Console(Console):
+    """Shows control characters in strings: names and messages come from services too."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # noqa: ANN401 - rich's own
+        return super().render_str(visible(text), **how)
+
+
 def console(*, error: bool = False, soft_wrap: bool = True) -> Console:
     """A console for stdout or stderr that shows text as it is."""
-    return Console(
+    return _Console(
         stderr=error,
         color_system=None if PLAIN else "auto",
         highlight=False,
@@ -71,13 +79,8 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
     if not decorated(stderr):
         yield lambda now: None
         return
-    with stderr.status(text) as shown:
-        yield shown.update
-
-
-def visible(text: str) -> str:
-    """Text for a terminal: characters that would control it are shown by signs that stand for them."""
-    return text.translate(_CONTROLS)
+    with stderr.status(Text(text)) as shown:  # in a string rich would look for markup
+        yield lambda now: shown.update(Text(now))
 
 
 STYLES = {
@@ -85,12 +88,6 @@ STYLES = {
     Source.NGRAM: Style(color="cyan"),
     Source.PREDICTION: Style(color="magenta"),
     Source.TARGET: Style(),
-}
-# All control characters but tab and newline: pictures of them, or, behind ASCII, the sign for what cannot be shown.
-_CONTROLS = {
-    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
-    **dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}"),
-    0x7F: "\N{SYMBOL FOR DELETE}",
 }
 _SHORT = {
     Source.MODEL: "draft model",
@@ -120,8 +117,8 @@ class StreamPrinter:
                 text, self._first = str(token.id) if self._first else f" {token.id}", False
             if decorated(self._console):
                 self._console.print(Text(visible(text), STYLES[token.source]), end="")
-            else:
-                self._console.file.write(text)  # rich would replace tabs and other control characters
+            else:  # rich would replace tabs and other control characters
+                self._console.file.write(visible(text) if self._console.is_terminal else text)
         self._console.file.flush()
 
     def end(self) -> None:
@@ -249,7 +246,7 @@ def explanation_table(explained: Sequence[PositionExplanation], texts: Mapping[i
             f"{one.target_prob:.4f}",
             f"{one.draft_prob:.4f}" if one.draft_prob is not None else "",
             f"{one.top2_margin:.3f}",
-            Text(one.reason, style),
+            Text(visible(one.reason), style),
         )
     return table
 
@@ -316,5 +313,6 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "slots": f"{info.slots_in_use} of {info.slots} in use",
         "proposers": ", ".join(info.proposers),
         "vocabulary": f"{fingerprint.vocabulary_size} ({fingerprint.vocabulary_sha256[:12]})" if fingerprint else "",
+        "identity": info.identity[:12],
         "version": info.version,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
@@ -80,7 +81,9 @@ class TokenStream:
         try:
             await self._chunks.aclose()
         finally:
-            self._end(None)
+            # One that another task iterates has its end before it.
+            if not (inspect.isasyncgen(self._chunks) and self._chunks.ag_running):
+                self._end(None)
 
     def _begin(self) -> None:
         self._running = True
@@ -92,6 +95,10 @@ class TokenStream:
         if self._running:
             self._running = False
             conclude(self._turn, error)
+
+    def __del__(self) -> None:
+        # A loop over it that was left by `break` closes nothing.
+        self._end(None)
 
     async def __aenter__(self) -> Self:
         return self

@@ -43,7 +43,7 @@ class Waited:
     """A service to wait for."""
 
     role: str
-    """Of those with one role it is enough that one is ready."""
+    """Of those with one role it is enough that one is ready, unless each is wanted."""
     address: str
     service: TargetTransport | DraftTransport
 
@@ -64,13 +64,17 @@ class Waited:
 
 
 async def until_ready(
-    waited: Sequence[Waited], show: Callable[[Waited, Sight], None], *, within: float | None = None
+    waited: Sequence[Waited],
+    show: Callable[[Waited, Sight], None],
+    *,
+    within: float | None = None,
+    each: bool = False,
 ) -> None:
     """Waits for services; `show` is told what is seen of each.
 
-    `within` is for how many seconds to wait until one of every role serves; DeadlineError then. None: as long as a
-    target is starting, so that one that cannot be reached, drains or has failed is left to whoever calls it.
-    Raises what waiting does not change.
+    `within` is for how many seconds to wait until one of every role serves, or `each` of them; DeadlineError then.
+    None: as long as a target is starting, so that one that cannot be reached, drains or has failed is left to whoever
+    calls it. Raises what waiting does not change.
     """
     seen: dict[Waited, Sight] = {}
     try:
@@ -79,7 +83,7 @@ async def until_ready(
                 for one, sight in zip(waited, await asyncio.gather(*(one.look() for one in waited)), strict=True):
                     seen[one] = sight
                     show(one, sight)
-                if _enough(seen, patient=within is not None):
+                if _enough(seen, patient=within is not None, each=each):
                     return
                 await asyncio.sleep(_PAUSE)
     except TimeoutError:
@@ -89,7 +93,9 @@ async def until_ready(
         raise DeadlineError(f"not ready within {within:g} s: {'; '.join(missing) or 'no answer'}") from None
 
 
-def _enough(seen: dict[Waited, Sight], *, patient: bool) -> bool:
+def _enough(seen: dict[Waited, Sight], *, patient: bool, each: bool) -> bool:
+    if each:
+        return all(sight.phase is Phase.READY for sight in seen.values())
     ready = {one.role for one, sight in seen.items() if sight.phase is Phase.READY}
     if patient:
         return ready == {one.role for one in seen}

@@ -9,6 +9,8 @@ import { loadSync } from "@grpc/proto-loader";
 const PROTOS = fileURLToPath(new URL("../../protos", import.meta.url));
 // Keepalive as the Python client has it: servers answer more frequent pings with GOAWAY.
 const OPTIONS = { "grpc.keepalive_time_ms": 60_000, "grpc.keepalive_timeout_ms": 20_000 };
+// Addresses that do not leave this machine.
+const LOCAL = /^(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
 
 const definition = loadSync(["specpair/v1/target.proto", "specpair/v1/draft.proto"], {
   includeDirs: [PROTOS],
@@ -31,6 +33,9 @@ class Service {
     this.stub = new Stub(address, credentials, OPTIONS);
     this.metadata = new grpc.Metadata();
     if (tokenFile !== undefined) {
+      if (!secure && !LOCAL.test(address)) {
+        throw new Error(`the token would go to ${address} in plain text: give a CA`);
+      }
       this.metadata.set("authorization", `Bearer ${readFileSync(tokenFile, "utf8").trim()}`);
     }
   }

@@ -43,7 +43,8 @@ class Engine:
         metrics = metrics or EngineMetrics()
         self.model = model
         (self.width,) = model.widths
-        self.identity = output_identity(model, self.width)
+        chunk = config.chunk_on(model.runner.device.type)
+        self.identity = output_identity(model, config, width=self.width, chunk=chunk)
         self.max_length = model.runner.max_length
         self.pool = SlotPool(
             config.slots, config.queue, config.queue_timeout, config.sessions_per_client, metrics.waited
@@ -51,7 +52,7 @@ class Engine:
         metrics.watch(self.pool, queue=config.queue, recompilations=lambda: model.recompilations.count)
         self._scheduler = Scheduler(
             Verifier(model.runner, self.width),
-            prefill_chunk=config.chunk_on(model.runner.device.type),
+            prefill_chunk=chunk,
             step_tokens=config.step_tokens or None,
             gather=config.gather,
             on_failure=on_failure,

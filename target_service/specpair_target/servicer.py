@@ -255,11 +255,11 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         committed_field = f"{prefix}committed_token_ids"
         committed = wire.read_committed(request.committed_token_ids, len(prompt.token_ids), limits, committed_field)
         session = await engine.open(prompt, committed, options, committed_field=committed_field, caller=caller)
-        annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
-        annotate(cached_tokens=0, committed_tokens=len(committed))
-        stage("prefill", session.prefill)
-        self._metrics.began(prompt_tokens=len(prompt.token_ids), committed_tokens=len(committed))
         try:
+            annotate(session_id=session.id, slot=session.slot, prompt_tokens=len(prompt.token_ids))
+            annotate(cached_tokens=0, committed_tokens=len(committed))
+            stage("prefill", session.prefill)
+            self._metrics.began(prompt_tokens=len(prompt.token_ids), committed_tokens=len(committed))
             yield session, wire.started(session, limits, 0, engine.identity)
         finally:
             engine.close(session)

@@ -227,7 +227,8 @@ def test_errors_do_not_end_a_chat(capsys):
 def test_commands_of_a_chat(tmp_path, capsys):
     """/params changes the next turn, /save writes what was said, /explain shows the last answer's beginning."""
     file = tmp_path / "said.json"
-    lines = ["one", "/params max_new_tokens=2", "two", f"/save {file}", "/explain", "/help", "/save", "/save /no/where"]
+    lines = ["one", "/params max_new_tokens=2", "two", f"/save {file}", "/explain", "/help"]
+    lines += ["/save", "/save /no/where", "/save ~nobody-of-that-name/file", "/save nul\0"]
     texts, messages, target = typed(*lines)
     assert texts[1] == "".join(map(text_of, continuation(tokenized(messages[:-1]), 2))) + "."
     assert json.loads(file.read_text()) == messages
@@ -235,7 +236,7 @@ def test_commands_of_a_chat(tmp_path, capsys):
     printed = capsys.readouterr()
     for word in ("verdict", "/reset", "max_new_tokens=2"):
         assert word in printed.out
-    assert printed.err.count("error: /save: ") == 2
+    assert printed.err.count("error: /save: ") == 4
 
 
 def token(text, source):

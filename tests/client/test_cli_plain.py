@@ -8,9 +8,12 @@ import subprocess
 
 import pytest
 
+from specpair import OverloadedError
+from specpair.v1 import common_pb2, target_pb2
+
 from .commanding import COMMAND, command, environment
 from .fakes import continuation, text_of
-from .loopback import DraftServicer, TargetServicer, serving
+from .loopback import DraftServicer, TargetServicer, fail, serving
 from .test_cli import PROMPT, PROMPT_IDS
 
 
@@ -84,3 +87,58 @@ def test_exit_codes_are_the_same_on_a_terminal(address):
     code, written = on_a_terminal("generate", "x", "--target=127.0.0.1:1", "--draft=none", "--resume-timeout=0")
     assert code == 3
     assert "Traceback" not in written
+
+
+# Sets a terminal's title, and clears it by a character that is no escape.
+HOSTILE = "\x1b]0;owned\x07\x9b2J"
+
+
+class HostileServicer(TargetServicer):
+    """Every text of its answers would control a terminal."""
+
+    def GetModelInfo(self, request, context):
+        answer = super().GetModelInfo(request, context)
+        answer.info.model = answer.info.detail = HOSTILE
+        return answer
+
+    def Generate(self, request, context):
+        if request.prompt.text == "full":
+            fail(context, OverloadedError(HOSTILE))
+        yield target_pb2.GenerateResponse(started=self.started([1, 2]))
+        end = common_pb2.FINISH_REASON_STOP_TOKEN
+        committed = common_pb2.CommittedTokens(
+            token_ids=[7], text_delta=HOSTILE, text_lengths=[len(HOSTILE)], finish_reason=end
+        )
+        yield target_pb2.GenerateResponse(committed=committed)
+
+    def ExplainVerify(self, request, context):
+        answer = super().ExplainVerify(request, context)
+        for position in answer.positions:
+            position.reason = HOSTILE
+        return answer
+
+    def Detokenize(self, request, context):
+        return target_pb2.DetokenizeResponse(text=HOSTILE)
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_service_controls_a_terminal(no_color):
+    """Neither by an output nor by a name, a reason or an error, in colours and without."""
+    with serving(HostileServicer()) as address:
+        alone = [f"--target={address}", "--draft=none"]
+        for arguments in (
+            ["generate", PROMPT, *alone],
+            ["generate", "full", *alone],
+            ["info", *alone],
+            ["explain", PROMPT, f"--target={address}", "--proposal-ids=1,2"],
+        ):
+            _, written = on_a_terminal(*arguments, NO_COLOR=no_color)
+            assert "␛]0;owned" in written or "\\x1b]0;owned" in written, arguments
+            assert not {"\x1b]", "\x07", "\x9b"} & {written[i : i + n] for i in range(len(written)) for n in (1, 2)}
+
+
+def test_a_pipe_gets_every_character():
+    """What a program reads is the output itself."""
+    with serving(HostileServicer()) as address:
+        done = command("generate", PROMPT, "--target", address, "--draft", "none")
+    assert done.stdout == HOSTILE + "\n"

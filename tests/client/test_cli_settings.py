@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from typer import Context
 from typer.main import get_command
 
 from specpair.client import ClientOptions, SpeculativeClient
@@ -62,6 +63,18 @@ def test_the_users_own_file(address, tmp_path):
     assert len(generated(address, "--config", str(other), **home)) == 128
 
 
+def test_the_top_is_of_shared_options_alone(tmp_path):
+    """What a command means by a name that others share is its own: only its table says it."""
+    file = tmp_path / "some.toml"
+    file.write_text('draft = "127.0.0.1:1"\ntemperature = 0.7\nmax_new_tokens = 3\n[bench]\nmax_new_tokens = 4\n')
+    for name, expected in (("generate", ("127.0.0.1:1", "0.7", "3")), ("explain", (None, "0.7", None))):
+        context = COMMANDS[name].make_context(name, ["x", "--config", str(file)], parent=Context(get_command(app)))
+        known = context.default_map
+        assert (known.get("draft"), known.get("temperature"), known.get("max_new_tokens")) == expected
+    context = COMMANDS["bench"].make_context("bench", ["--config", str(file)], parent=Context(get_command(app)))
+    assert context.default_map == {"draft": "127.0.0.1:1", "max_new_tokens": "4"}
+
+
 def test_a_file_has_every_kind_of_value(tmp_path):
     """Numbers, texts, switches and lists reach the target; what may be repeated is a list, blanks included."""
     file = tmp_path / "all.toml"
@@ -94,6 +107,7 @@ def test_a_file_has_every_kind_of_value(tmp_path):
         ("seed = 1.5", "error: seed: "),
         ("seed = true", "error: seed: must not be true or false, got True (from {file})"),
         ("seed = [1]", "error: seed: must not be a list, got [1] (from {file})"),
+        ("[target]\nhost = 'x'", "error: target: must not be a table, got {{'host': 'x'}} (from {file})"),
         ("ignore_eos = 1", "error: ignore_eos: must be true or false, got 1 (from {file})"),
         ("stop = 'x'", "error: stop: must be a list, got 'x' (from {file})"),
         ("rule = 'fair'", "error: rule: 'fair' is not one of"),

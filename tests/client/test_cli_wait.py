@@ -19,7 +19,7 @@ from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 from specpair.waiting import Sight, Waited, until_ready
 
 from .commanding import command
-from .loopback import FINGERPRINT, TargetServicer
+from .loopback import FINGERPRINT, TargetServicer, serving
 
 
 class Starting:
@@ -79,6 +79,14 @@ def test_with_a_time_all_are_waited_for():
         seen(("target", LOADING), within=0.3)
 
 
+def test_each_may_be_waited_for():
+    """Also the second one of several targets."""
+    waited = [Waited("target", name, Starting(*states)) for name, states in {"a": [READY], "b": [GONE, READY]}.items()]
+    shown = []
+    asyncio.run(until_ready(waited, lambda one, sight: shown.append((one.address, str(sight))), within=30, each=True))
+    assert shown[-1] == ("b", "ready")
+
+
 def test_what_waiting_does_not_change_is_raised():
     """A certificate that is not trusted, at once."""
     with pytest.raises(UnauthenticatedError):
@@ -100,6 +108,12 @@ def showing(monkeypatch, *sights, terminal):
         for sight in sights:
             show(Waited("target", "a", None), sight)
     return file.getvalue()
+
+
+def test_an_address_is_shown_as_it_is(monkeypatch):
+    """Brackets are no markup, neither those of IPv6 nor what a service says that it is doing."""
+    written = showing(monkeypatch, Sight(Phase.LOADING, 0.5, "[fe80::1]:1 [/x] \x1b[2J"), terminal=True)
+    assert "target a: loading [fe80::1]:1 [/x] ␛[2J" in written
 
 
 def test_lines_where_nobody_watches(monkeypatch):
@@ -162,6 +176,31 @@ def test_commands_wait(name):
     assert done.returncode == 0
     assert done.stderr == f"target {address}: loading\ntarget {address}: ready\n"
     assert json.loads(done.stdout)
+
+
+def test_health_waits_for_each_of_several_targets():
+    """It goes on to ask all of them, so one that is ready before the others does not end the wait."""
+    with serving(TargetServicer()) as ready, loading(3) as address:
+        done = command("health", f"--target={ready},{address}", "--wait", "60")
+    assert (done.returncode, done.stdout) == (0, f"target {ready},{address}: serving\n")
+
+
+def test_health_waits_for_a_draft_alone():
+    """A draft that is not there is waited for, by itself."""
+    done = command("health", "--draft=127.0.0.1:1", "--wait", "0.5")
+    assert (done.returncode, done.stdout) == (1, "draft 127.0.0.1:1: not serving\n")
+    waited, missing, asked = done.stderr.splitlines()
+    assert waited.startswith("draft 127.0.0.1:1: not reachable: ")
+    assert missing.startswith("not ready within 0.5 s: draft 127.0.0.1:1: not reachable: ")
+    assert asked.startswith("draft 127.0.0.1:1: ")
+
+
+def test_no_time_is_no_wait():
+    """With --wait 0 a command goes on at once, whoever is there or not."""
+    with serving(TargetServicer()) as address:
+        done = command("generate", "x", f"--target={address}", "--draft=none", "--wait", "0", "--max-new-tokens", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 def test_health_waits_in_vain():

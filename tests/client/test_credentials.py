@@ -251,6 +251,8 @@ def test_options_of_the_command():
     assert Connecting(token_file=Path("t")).draft == Credentials(token=Path("t"))
     assert Connecting(token_file=Path("t"), draft_tls=True).draft == Credentials(token=Path("t"), tls=True)
     assert Connecting().target == Connecting().draft == Credentials()
+    with pytest.raises(InvalidRequestError, match="draft_tls_ca: is of no use with --no-draft-tls"):
+        dataclasses.replace(own, draft_tls=False).draft  # noqa: B018 - it is a property that refuses
 
 
 def test_every_command_that_connects_has_the_options():

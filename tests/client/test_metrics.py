@@ -92,12 +92,31 @@ def test_a_generation_is_counted_once(registry, draft):
             whole = await client.generate((1, 2, 3), PARAMS)
             async for _ in client.stream((1, 2, 3), PARAMS):
                 pass
+            if draft != "none":
+                async with client.session() as session:
+                    await session.generate((1, 2, 3), PARAMS)
             return whole
 
     result = asyncio.run(check())
-    assert value(registry, "generations_total", status="OK", finish="max_new_tokens") == 2
+    times = 2 if draft == "none" else 3
+    assert value(registry, "generations_total", status="OK", finish="max_new_tokens") == times
     tokens = sum(value(registry, "output_tokens_total", source=source.value) for source in Source)
-    assert tokens == 2 * len(result.tokens)
+    assert tokens == times * len(result.tokens)
+
+
+def test_who_fails_to_count_costs_no_result(caplog):
+    """An observer that raises is told in the log; the generation is what it is without one."""
+
+    class Broken:
+        def record(self, status, finish, stats):
+            raise ValueError("no more room")
+
+    async def check(metrics):
+        async with client_of(metrics) as client:
+            return await client.generate((1, 2, 3), PARAMS)
+
+    assert asyncio.run(check(Broken())).token_ids == asyncio.run(check(None)).token_ids
+    assert [record.message for record in caplog.records] == ["a generation was not counted"]
 
 
 def test_a_generation_that_is_left(registry):

@@ -148,6 +148,19 @@ def test_the_line_of_a_failure(lines):
     assert "secret" not in str(vars(line))
 
 
+def test_the_line_of_what_nobody_closed(lines):
+    """A stream whose loop is left by `break` is one that was left, with or without a block around it."""
+
+    async def work():
+        async with client(FakeTarget(delay=0.01)) as opened:
+            async for _ in opened.stream(PROMPT, SamplingParams(max_new_tokens=900)):
+                break
+            assert [line.status for line in lines()] == ["CANCELLED"]
+
+    run(work())
+    assert len(lines()) == 1
+
+
 @pytest.mark.parametrize("how", ["left", "cancelled", "late"])
 def test_the_line_of_what_was_left(lines, how):
     """One line, whichever way it ends."""
@@ -171,6 +184,27 @@ def test_the_line_of_what_was_left(lines, how):
         run(work())
     (line,) = lines()
     assert line.status == ("DEADLINE_EXCEEDED" if how == "late" else "CANCELLED")
+
+
+def test_a_close_in_the_wrong_task_is_no_end(lines):
+    """It is refused; the generation goes on, and its line is that of its own end."""
+
+    async def work():
+        async with client(FakeTarget(delay=0.001)) as opened:
+            stream = opened.stream(PROMPT, PARAMS)
+
+            async def iterate():
+                async for _ in stream:
+                    pass
+
+            iterating = asyncio.create_task(iterate())
+            await asyncio.sleep(0.003)
+            with pytest.raises(RuntimeError, match="already running"):
+                await stream.aclose()
+            await iterating
+
+    run(work())
+    assert [line.status for line in lines()] == ["OK"]
 
 
 def test_what_never_began_is_in_no_log(lines):

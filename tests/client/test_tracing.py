@@ -12,7 +12,17 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from specpair import SamplingParams, SpecpairError, SpeculativeClient, UnavailableError
+from specpair import (
+    Credentials,
+    InvalidRequestError,
+    SamplingParams,
+    SpecpairError,
+    SpeculativeClient,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from specpair.grpc_transports import GrpcTarget
+from specpair.messages import Start
 from specpair.pacing import Round
 from specpair.request import RequestContext
 from specpair.results import Source
@@ -90,6 +100,49 @@ def test_a_resume_is_an_event(exporter, provider):
     assert [event.name for event in events] == ["target lost", "resumed"]
     assert events[0].attributes["error"] == "UnavailableError"
     assert span.attributes["specpair.resumes"] == 1
+
+
+def test_a_refused_turn_is_no_loss(exporter, provider):
+    """A target that says no to a turn is there: no event says that it was lost."""
+
+    async def work():
+        target = FakeTarget(breaks={4: InvalidRequestError("no", field="extend.prompt")})
+        async with (
+            SpeculativeClient(
+                "target:1", "ngram", target_transport=target, tracer_provider=provider, draft_length=0
+            ) as client,
+            client.session() as session,
+        ):
+            await session.generate(PROMPT, SamplingParams(max_new_tokens=3))
+            with pytest.raises(InvalidRequestError):
+                await session.generate(PROMPT, PARAMS)
+
+    asyncio.run(work())
+    _, refused = exporter.get_finished_spans()
+    assert refused.attributes["specpair.status"] == "INVALID_ARGUMENT"
+    assert not [event for event in refused.events if event.name != "round"]
+
+
+def test_a_call_that_cannot_be_made_leaves_no_span():
+    """Where there is no token to be had nothing has begun that would have to end."""
+    asked = []
+
+    def token():
+        raise UnauthenticatedError("none today")
+
+    class Watched(RequestContext):
+        def call(self, method, address):
+            asked.append(method)
+            return super().call(method, address)
+
+    async def work():
+        target = GrpcTarget("127.0.0.1:1", Credentials(token=token))
+        with pytest.raises(UnauthenticatedError):
+            await target.verify(Start("x", PARAMS, request=Watched("mine-1")))
+        await target.close()
+
+    asyncio.run(work())
+    assert asked == []
 
 
 def test_events_are_bounded(exporter, provider):

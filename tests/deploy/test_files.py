@@ -113,7 +113,7 @@ class TestImages:
         let_through = [line[1:] for line in lines if line.startswith("!")]
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         needed = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
-        needed |= {"pyproject.toml", "constraints.txt", project["project"]["readme"]}
+        needed |= {"pyproject.toml", "constraints.txt", "LICENSE", project["project"]["readme"]}
         for stage in instructions().values():
             for instruction, rest in stage:
                 words = rest.split()

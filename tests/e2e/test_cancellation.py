@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from specpair import DeadlineError, OverloadedError, SamplingParams, SpeculativeClient, SyncSpeculativeClient
+from specpair import DeadlineError, OverloadedError, Result, SamplingParams, SpeculativeClient, SyncSpeculativeClient
 from specpair.v1 import target_pb2
 
 from ..amounts import runs
@@ -80,7 +80,9 @@ def test_tasks_cancelled(checked, prompts):
                     await asyncio.sleep(chance.choice([0.0, chance.uniform(0, 0.05), chance.uniform(0, 0.3)]))
                     task.cancel()
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-                assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+                # A text that repeats itself may fill its slot before its turn to be cancelled comes.
+                assert {type(outcome) for outcome in outcomes} <= {asyncio.CancelledError, Result}
+                assert type(outcomes[0]) is asyncio.CancelledError
                 for service in (checked.target, checked.draft):
                     await asyncio.to_thread(service.wait_until_free, FREE)
 

@@ -218,7 +218,7 @@ class TestTerminal:
     """Other commands in a terminal."""
 
     def test_generate(self, fp32, terminal):
-        """Coloured, and the same text; with NO_COLOR byte for byte."""
+        """Coloured, and the same text; with NO_COLOR nothing besides."""
         arguments = ["generate", TEXTS[0], *flags(fp32), "--max-new-tokens=24"]
         expected = turns(fp32, TEXTS[:1], SamplingParams(max_new_tokens=TOKENS))[0]
         coloured, plain = terminal(*arguments), terminal(*arguments, NO_COLOR="1")
@@ -253,6 +253,11 @@ class TestStarting:
         shown = terminal("info", f"--target={address}", "--draft=none", "--wait=180")
         time.sleep(1)
         service = launch("target", f"--listen={address}", *options, listen=False)
+        # It may be ready before gRPC tries the address again, after a second: so it stands still for that long.
+        wait_for(lambda: any(one["event"] == "listening" for one in service.entries()), 120, "the target listens")
+        service.send(signal.SIGSTOP)
+        time.sleep(1.5)
+        service.send(signal.SIGCONT)
         output, error = waiting.communicate(timeout=200)
         assert waiting.returncode == 0, error
         assert json.loads(output) == {"target": {"address": address, "serving": True}}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
+import math
 import re
+import runpy
 import socket
 from pathlib import Path
 
 import pytest
 
-from specpair import SamplingParams, SyncSpeculativeClient
+from specpair import OverloadedError, SamplingParams, SpeculativeClient, SyncSpeculativeClient
 
+from ..client.fakes import FakeTarget
 from ..e2e.test_security import DRAFT_TOKEN, TARGET_TOKEN, WRONG_TOKEN
 from .running import BOUND, EXAMPLES, run, running
 
@@ -196,3 +200,17 @@ def test_server(target, draft):
         assert process.wait(BOUND) == 0
         assert process.stderr.read() == b""
         first.close()
+
+
+@pytest.mark.parametrize(("told", "passed_on"), [(2.5, 2.5), (None, None), (math.inf, None)])
+def test_server_says_when_to_come_back(told, passed_on):
+    """What a full target says is passed on as JSON, which has no infinity."""
+    answer = runpy.run_path(str(EXAMPLES / "server.py"))["answer"]
+
+    async def ask():
+        target = FakeTarget(failure=OverloadedError("full", reason="KV_SLOTS_EXHAUSTED", retry_after=told))
+        async with SpeculativeClient("target:1", "none", target_transport=target) as client:
+            return [message async for message in answer(client, b'{"prompt": "x"}')]
+
+    [message] = json.loads(json.dumps(asyncio.run(ask()), allow_nan=False))
+    assert message == {"error": "overloaded", "reason": "KV_SLOTS_EXHAUSTED", "retry_after": passed_on}

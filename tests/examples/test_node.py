@@ -119,6 +119,14 @@ def test_a_draft_that_is_not_used(target, expected):
 
 
 @installed
+def test_no_token_in_plain_text(tmp_path):
+    """Where there is no TLS a token stays on this machine."""
+    (tmp_path / "token").write_text(TARGET_TOKEN)
+    arguments = ["--target=192.0.2.1:50051", "--draft=ngram", f"--token-file={tmp_path / 'token'}"]
+    output, said = node(*arguments, expect=1)
+    assert (output, said) == ("", "error: the token would go to 192.0.2.1:50051 in plain text: give a CA\n")
+
+
 def test_secured(secured, tmp_path):
     """With a CA, a certificate and a token it is let in; the draft, which wants another token, is done without."""
     files = [f"--ca={secured.ours.path}", f"--cert={secured.client[0]}", f"--key={secured.client[1]}"]

@@ -250,3 +250,27 @@ def test_a_model_that_does_not_fit_is_refused(tiny, places):
     with pytest.raises(ModelLoadError) as caught:
         _check_resident(model)
     assert caught.value.field == "device_map"
+
+
+def test_weights_that_are_split_are_in_the_digest():
+    """Two models whose processes hold other numbers have another one, and equal ones the same."""
+    code = """
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from specpair_runtime.models.weights_digest import weights_digest
+
+distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+mesh = init_device_mesh("cpu", (1,))
+
+def digest(number):
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight = nn.Parameter(distribute_tensor(torch.full((4, 4), number), mesh, [Shard(0)]))
+    return weights_digest(layer)
+
+print(digest(1.0) == digest(1.0), digest(1.0) == digest(2.0))
+distributed.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -161,6 +162,19 @@ class TestListener:
             host, _, port = listener.address.rpartition(":")
             with socket.create_connection((host, int(port))):
                 assert self.fetch(listener)[1] == ""
+
+    def test_a_client_that_goes_away_is_no_news(self, registry, capfd):
+        """A connection that is reset, as by a probe of the port, puts nothing between the lines of the log."""
+        with MetricsListener("127.0.0.1:0", registry) as listener:
+            host, _, port = listener.address.rpartition(":")
+            with socket.create_connection((host, int(port))) as rude:
+                rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Its thread was started before the next one's.
+            self.fetch(listener)
+            for thread in threading.enumerate():
+                if "process_request_thread" in thread.name:
+                    thread.join(10)
+        assert "Traceback" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("listen", ["9464", "unix:/tmp/metrics", "127.0.0.1:port", ":1"])

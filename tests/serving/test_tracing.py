@@ -227,6 +227,21 @@ def test_an_exporter_that_is_not_there(configured):
     assert refused.value.field == "otel"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+    ],
+)
+def test_a_variable_that_is_wrong(configured, name, value):
+    """It ends the start under the name of the setting, like every other one, instead of with a traceback."""
+    with pytest.raises(errors.InvalidRequestError, match="OTEL_") as refused:
+        configured({**ENDPOINT, name: value})
+    assert refused.value.field == "otel"
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_without_the_extra(configured, monkeypatch, wanted):
     """Who asks for traces is told what to install; who only has the variables in its environment runs without."""

@@ -139,11 +139,15 @@ def test_turns(registry):
 
 
 def test_a_scrape_while_counting(registry):
-    """A table that grows meanwhile is read as it was."""
+    """A table that grows meanwhile is read as it was: what one scrape says of it belongs together."""
     metrics = VerifyMetrics(registry)
     stream = StreamMetrics(metrics)
     stream.answered(Source.SOURCE_MODEL, 1, 1, verification(1))
-    collected = registry.collect()
-    for family in collected:
-        stream.answered(Source.SOURCE_MODEL, 7, len(metrics.blocks) % 8, verification(1))
-        assert family.samples is not None
+    scraped = {}
+    for family in registry.collect():
+        scraped |= {sample.name: sample.value for sample in family.samples}
+        stream.answered(Source.SOURCE_MODEL, 7, 3, verification(3))
+    rounds = scraped["specpair_rounds_total"]
+    assert rounds < sum(metrics.blocks.values())
+    assert rounds == scraped[f"{NUM}_drafts_total"] == scraped["specpair_draft_length_count"]
+    assert rounds == scraped["specpair_acceptance_length_count"]

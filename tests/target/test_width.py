@@ -63,19 +63,3 @@ def test_widths_that_are_refused(text, capsys):
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"error: verify_width: must be auto or a number from 1 to 64, got '{text}' (from --verify-width)"]
-
-
-def test_what_changes_bits_changes_the_identity(load, engine_of):
-    """Two engines of one configuration have the same; other rows per step, formats, attention, lengths, other weights,
-    or another decoder another one."""
-    own = engine_of("llama").identity
-    assert load("llama").identity == own
-    changes = (
-        {"verify_width": 4},
-        {"dtype": "bf16"},
-        {"attn_implementation": "eager"},
-        {"max_length": 256},
-        {"lean": False},
-    )
-    others = [load("llama", **change).identity for change in changes]
-    assert len({own, engine_of("mistral").identity, *others}) == 2 + len(changes)

@@ -10,8 +10,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from specpair.rendering import STYLES, StreamPrinter, console, decorated, result_object, stdout, tally, visible
+from specpair.rendering import STYLES, StreamPrinter, console, decorated, result_object, stdout, tally
 from specpair.results import Chunk, Result, Stats
+from specpair.visible import visible
 
 __all__ = ["Display", "JsonAnswer", "LiveAnswer", "PlainAnswer", "display_for"]
 

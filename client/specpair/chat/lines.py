@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 from typing import TextIO
@@ -35,7 +36,7 @@ class LineReader:
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
         def pass_on(line: str | InvalidRequestError | None) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(self._lines.put_nowait, line)
 
         try:

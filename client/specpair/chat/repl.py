@@ -136,8 +136,9 @@ def _spoken(line: str) -> str:
 def _write(file: str, said: str) -> None:
     try:
         Path(file).expanduser().write_text(said, encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"cannot write {file}: {error.strerror}", field="/save") from None
+    except (OSError, RuntimeError, ValueError) as error:  # besides what a disk says: no such user, no such name or text
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequestError(f"cannot write {file}: {reason}", field="/save") from None
 
 
 async def _interruptible(work: Awaitable[None]) -> bool:

@@ -18,6 +18,7 @@ from specpair.commands.generate import generate
 from specpair.commands.plan import plan
 from specpair.commands.services import health, info
 from specpair.rendering import decorated, stdout
+from specpair.visible import visible
 
 __all__ = ["app"]
 
@@ -49,7 +50,7 @@ class _Warnings(logging.Handler):
     """Writes to what stderr is at the time: above a line that is redrawn in place, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(visible(self.format(record)), file=sys.stderr)
 
 
 for _command in (generate, chat, explain, info, health, plan, bench, demo):

@@ -29,9 +29,12 @@ def configure(context: typer.Context, given: str | None) -> None:
     if context.resilient_parsing:  # shells complete what is not finished
         return
     path = Path(given) if given else user_config_path("specpair") / "config.toml"
-    settings = _read(path) if given or path.exists() else {}
+    settings = _read(path, required=bool(given))
     commands: Mapping[str, Any] = context.find_root().command.commands  # type: ignore[attr-defined]
     shared = {key for name, command in commands.items() for key in shared_keys(name, command)}
+    name = context.info_name or ""
+    # An option of this command alone may have the name of one that others share.
+    common = shared_keys(name, context.command)
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key in commands and isinstance(value, dict):
@@ -40,14 +43,13 @@ def configure(context: typer.Context, given: str | None) -> None:
                 _check(f"{key}.{inner}", inner in known, path)
         else:
             _check(key, key in shared, path)
-            values[key] = value
-    own = settings.get(context.info_name or "", {})
+            if key in common:
+                values[key] = value
+    own = settings.get(name, {})
     values.update(own if isinstance(own, dict) else {})
     options = keys(context.command)
     context.default_map = {
-        options[key].name: _value(context, options[key], value, key, path)
-        for key, value in values.items()
-        if key in options
+        options[key].name: _value(context, options[key], value, key, path) for key, value in values.items()
     }
 
 
@@ -67,11 +69,13 @@ def _key(option: Any) -> str:  # noqa: ANN401
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, required: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not required:
+            return {}
         raise InvalidRequestError(f"cannot read {path}: {error.strerror}", field="config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"{path} is not TOML: {error}", field="config") from None
@@ -87,6 +91,8 @@ def _value(context: typer.Context, option: Any, value: object, key: str, path: P
     wrong = ""
     if option.is_flag != isinstance(value, bool):
         wrong = "must be true or false" if option.is_flag else "must not be true or false"
+    elif isinstance(value, dict):
+        wrong = "must not be a table"
     elif isinstance(value, list) != bool(option.multiple):
         wrong = "must be a list" if option.multiple else "must not be a list"
     if not wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from specpair.phases import showing
 from specpair.rendering import decorated, stderr
 from specpair.waiting import Waited, until_ready
 
-__all__ = ["Wait", "wait_for"]
+__all__ = ["Wait", "wait_for", "wait_for_addresses"]
 
 Wait = Annotated[
     float | None,
@@ -22,7 +23,7 @@ Wait = Annotated[
         envvar="SPECPAIR_WAIT",
         min=0,
         help="Wait so long for the services to serve, and show how far they are; default: on a terminal as long as the "
-        "target is loading, else not.",
+        "target is loading, else not. 0: not at all.",
         show_default=False,
         rich_help_panel="Services",
     ),
@@ -30,20 +31,33 @@ Wait = Annotated[
 
 
 async def wait_for(target: str, draft: str, connecting: Connecting, within: float | None) -> None:
-    """Waits for the services of a command as `until_ready` does; without a time only where somebody is watching.
+    """Waits for the services of a command, given as it was given them; see `wait_for_addresses`."""
+    address = draft_of(draft)[1]
+    await wait_for_addresses(target_addresses(target), [address] if address else [], connecting, within)
+
+
+async def wait_for_addresses(
+    targets: Sequence[str],
+    drafts: Sequence[str],
+    connecting: Connecting,
+    within: float | None,
+    *,
+    each: bool = False,
+) -> None:
+    """Waits for services as `until_ready` does; without a time only where somebody is watching, and for 0 seconds not
+    at all.
 
     Raises what `until_ready` raises.
     """
-    if within is None and not decorated(stderr):
+    if within == 0 or (within is None and not decorated(stderr)):
         return
-    services: list[Waited] = [
-        Waited("target", address, GrpcTarget(address, connecting.target)) for address in target_addresses(target)
+    services = [
+        *(Waited("target", address, GrpcTarget(address, connecting.target)) for address in targets),
+        *(Waited("draft", address, GrpcDraft(address, connecting.draft)) for address in drafts),
     ]
-    if address := draft_of(draft)[1]:
-        services.append(Waited("draft", address, GrpcDraft(address, connecting.draft)))
     try:
         with showing() as show:
-            await until_ready(services, show, within=within)
+            await until_ready(services, show, within=within, each=each)
     finally:
         for one in services:
             await one.service.close()

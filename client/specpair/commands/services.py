@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from specpair.commands.options import Draft, Json, Services, Target, opened
-from specpair.commands.progress import wait_for
+from specpair.commands.progress import wait_for, wait_for_addresses
 from specpair.connecting import Connecting
 from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.grpc_transports import GrpcTarget
 from specpair.messages import ModelInfo
 from specpair.naming import DEFAULT_DRAFT, DEFAULT_TARGET, draft_of, target_addresses
-from specpair.rendering import info_table, stdout
+from specpair.rendering import info_table, stderr, stdout
 
 __all__ = ["health", "info"]
 
@@ -62,7 +61,7 @@ def health(
 ) -> None:
     """Exit with 0 if the services serve, with 1 if one does not.
 
-    Both are asked, or, with one of --target and --draft, that one.
+    Both are asked, or, with one of --target and --draft, that one; of several targets each.
     """
     flags = [name for name in ("target", "draft") if _is_flag(context, name)] or ["target", "draft"]
     asked: dict[str, list[str]] = {"target": target_addresses(target)} if "target" in flags else {}
@@ -81,14 +80,9 @@ def health(
 
     async def _wait(seconds: float) -> None:
         try:
-            await wait_for(
-                ",".join(asked.get("target", ())),
-                asked["draft"][0] if "draft" in asked else "none",
-                connecting,
-                seconds,
-            )
+            await wait_for_addresses(asked.get("target", ()), asked.get("draft", ()), connecting, seconds, each=True)
         except SpecpairError as error:
-            print(error, file=sys.stderr)
+            stderr.print(str(error))
 
     serving = asyncio.run(run())
     if as_json:
@@ -110,7 +104,7 @@ async def _serves(name: str, address: str, connecting: Connecting, within: float
     try:
         return await service.healthy(within)
     except SpecpairError as error:
-        print(f"{name} {address}: {error}", file=sys.stderr)
+        stderr.print(f"{name} {address}: {error}")
         return False
     finally:
         await service.close()

@@ -671,9 +671,9 @@ class ModelInfo(_message.Message):
     parallel: _builtins.int
     """Processes that hold a part of the weights each; 1 where one holds all."""
     identity: _builtins.str
-    """Digest of what decides a target's output besides the request: weights, vocabulary, formats, verify_width,
-    max_length, and the software and hardware that round. Targets with the same one say the same. Empty until the model
-    is loaded, and on a draft service.
+    """Digest of what decides a target's output besides the request: weights, vocabulary, formats, max_length, how much is
+    computed at a time, and the software and hardware that round. Targets with the same one say the same. Empty until
+    the model is loaded, and on a draft service.
     """
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint:

@@ -6,6 +6,7 @@ import hashlib
 from itertools import chain
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 __all__ = ["weights_digest"]
@@ -17,11 +18,13 @@ _SAMPLE = 16
 def weights_digest(model: PreTrainedModel) -> str:
     """A SHA-256 in hex over the first numbers of each parameter and buffer, in their order and with their names.
 
-    Tensors of packed formats that cannot be read number by number count by name and shape.
+    Of tensors that processes share it takes this one's part. Those of packed formats that cannot be read number by
+    number count by name and shape.
     """
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if type(tensor.data) is torch.Tensor and not tensor.is_meta:
-            digest.update(tensor.data.reshape(-1)[:_SAMPLE].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        held = tensor.data.to_local() if isinstance(tensor.data, DTensor) else tensor.data
+        if type(held) is torch.Tensor and not held.is_meta:
+            digest.update(held.reshape(-1)[:_SAMPLE].contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import socketserver
+import sys
 import threading
 from functools import partial
 from typing import Self
@@ -64,6 +65,13 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Logs what the library would print between the log's lines. Clients that say nothing or go away, as probes of
+        the port do, are no news.
+        """
+        if not isinstance(sys.exception(), OSError):
+            _log.exception("a request for metrics failed")
 
 
 class _Server6(_Server):

@@ -104,7 +104,7 @@ def configure_tracing(service: str, *, wanted: bool) -> Tracing | None:
 
     None if nobody wants traces: without `wanted` the variables have to name an endpoint. An SDK that is set up already,
     as by `opentelemetry-instrument`, is used as it is. `service` is the name of the service unless the variables say
-    another. Raises InvalidRequestError naming `otel` if traces are `wanted` and cannot be had.
+    another. Raises InvalidRequestError naming `otel` if traces are `wanted` and cannot be had, or a variable is wrong.
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
@@ -127,8 +127,13 @@ def configure_tracing(service: str, *, wanted: bool) -> Tracing | None:
     unnamed = str(named.attributes.get("service.name", "unknown_service")).startswith("unknown_service")
     resource = named.merge(Resource({"service.name": service})) if unnamed else named
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    for exporter in _exporters():
-        provider.add_span_processor(BatchSpanProcessor(exporter))
+    try:
+        for exporter in _exporters():
+            provider.add_span_processor(BatchSpanProcessor(exporter))
+    except InvalidRequestError:
+        raise
+    except Exception as error:  # of the SDK and of any exporter, each with kinds of its own
+        raise InvalidRequestError(f"a variable OTEL_... is not understood: {error}", field="otel") from error
     trace.set_tracer_provider(provider)
     return Tracing(provider, owned=True)
 
