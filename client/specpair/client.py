@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_DRAFT", "DEFAULT_TARGET", "ClientOptions", "SpeculativeClient"]
 
 _log = logging.getLogger("specpair")
+
+# Seconds, some 30 years. Deadlines of 300 years and more are over at once.
+_LONGEST = 1e9
 
 
 class ClientOptions(TypedDict, total=False):
@@ -120,11 +124,11 @@ class SpeculativeClient:
     ) -> None:
         if draft_length is not None and draft_length < 0:
             raise InvalidRequestError("must not be negative", field="draft_length")
-        if draft_timeout <= 0:
+        if not draft_timeout > 0:  # NaN is neither
             raise InvalidRequestError("must be above 0", field="draft_timeout")
         if chain is not None and chain < 0:
             raise InvalidRequestError("must not be negative", field="chain")
-        if resume_timeout < 0:
+        if not resume_timeout >= 0:
             raise InvalidRequestError("must not be negative", field="resume_timeout")
         kind, address = draft_of(draft)
         self._connect_timeout = connect_timeout
@@ -185,6 +189,7 @@ class SpeculativeClient:
         request_id: str | None = None,
     ) -> TokenStream:
         """Continues a prompt, chunk by chunk, with the provenance of every token."""
+        timeout = _limit(timeout)
         turn = Turn(prompt, params or SamplingParams(), prediction, self._contexts(request_id_of(request_id)))
         if self._drafting.kind == "none":
             return TokenStream(turn, follow(self._way(timeout), turn), timeout)
@@ -275,6 +280,15 @@ class SpeculativeClient:
 
     def _way(self, within: float | None = None) -> Way:
         return Way(self._target, self._resume_timeout, within)
+
+
+def _limit(timeout: float | None) -> float | None:
+    """Seconds that a generation may take; None for more than gRPC has numbers for. Raises InvalidRequestError for NaN."""
+    if timeout is None or timeout >= _LONGEST:
+        return None
+    if math.isnan(timeout):
+        raise InvalidRequestError("must be a number of seconds", field="timeout")
+    return timeout
 
 
 async def _healthy(service: TargetTransport | DraftTransport, within: float) -> bool:

@@ -296,6 +296,33 @@ def test_a_deadline_ends_a_generation(mode):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
+@pytest.mark.parametrize("timeout", [float("inf"), 1e18, 9e9])
+def test_a_deadline_that_never_comes_is_none(mode, timeout):
+    """gRPC would take one beyond its numbers for one that has passed: the services are told of none."""
+    limits = []
+
+    class Asked(FakeTarget):
+        async def verify(self, start, within=None):
+            limits.append(within)
+            return await super().verify(start, within)
+
+        async def generate(self, start, within=None):
+            limits.append(within)
+            return await super().generate(start, within)
+
+    assert list(generate(Asked(), None, mode, timeout=timeout).token_ids) == continuation(PROMPT, COUNT)
+    assert limits == [None]
+
+
+@pytest.mark.parametrize("field", ["timeout", "draft_timeout", "resume_timeout"])
+def test_a_limit_that_is_no_number_is_refused(field):
+    """By its name."""
+    with pytest.raises(InvalidRequestError) as refused:
+        generate(FakeTarget(), **{field: float("nan")})
+    assert refused.value.field == field
+
+
 def test_a_deadline_holds_while_the_draft_hangs():
     """A draft that may still take its time does not stretch the caller's."""
     with pytest.raises(DeadlineError):
