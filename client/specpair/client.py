@@ -283,7 +283,7 @@ class SpeculativeClient:
 
 
 def _limit(timeout: float | None) -> float | None:
-    """Seconds that a generation may take; None for more than gRPC has numbers for. Raises InvalidRequestError for NaN."""
+    """Seconds that a generation may take; None beyond what gRPC has numbers for. Raises InvalidRequestError for NaN."""
     if timeout is None or timeout >= _LONGEST:
         return None
     if math.isnan(timeout):
