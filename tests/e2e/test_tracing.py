@@ -228,7 +228,7 @@ def test_a_resumed_generation_keeps_its_id_and_its_trace(target, draft, collecto
 
     async def work():
         addresses = target.address, draft.address
-        async with SpeculativeClient(*addresses, resume_timeout=PATIENCE, tracer_provider=provider) as client:
+        async with SpeculativeClient(*addresses, **STEADY, resume_timeout=PATIENCE, tracer_provider=provider) as client:
             expected = await client.generate(PROMPT, PARAMS)
             exporter.clear()
             async with client.stream(PROMPT, PARAMS, request_id="resumed-1") as stream:

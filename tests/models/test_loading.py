@@ -62,12 +62,19 @@ def test_weights_are_known_by_their_digest(copy):
         assert load_model(LoadOptions(str(copy), dtype="fp32")).weights_sha256 != first.weights_sha256, name
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4", "int8wo"])
-def test_quantized_weights_have_a_digest_of_their_own(tiny, quantization):
-    """Which does not vary from load to load."""
-    digests = {load_model(LoadOptions(tiny.path("llama"), quantization=quantization)).weights_sha256 for _ in range(2)}
-    assert len(digests) == 1
-    assert digests != {load_model(LoadOptions(tiny.path("llama"))).weights_sha256}
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4", "int8dyn", "int8wo"])
+def test_quantized_weights_are_known_too(copy, quantization):
+    """Whatever they are packed into: the same from load to load, another one for other weights of linear layers."""
+
+    def digest():
+        return load_model(LoadOptions(str(copy), quantization=quantization)).weights_sha256
+
+    first = digest()
+    assert digest() == first
+    weights = load_file(copy / "model.safetensors")
+    tuned = {name: tensor * -0.5 if "proj" in name else tensor for name, tensor in weights.items()}
+    save_file(tuned, copy / "model.safetensors", {"format": "pt"})
+    assert digest() != first
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/nowhere", "no/such/directory"])

@@ -43,7 +43,7 @@ class LoadedModel:
     parameters: int
     """Those of the checkpoint, whatever they are packed into."""
     weights_sha256: str
-    """A digest that changes with the weights."""
+    """A digest that changes with the weights, as they were loaded."""
 
     @property
     def max_positions(self) -> int | None:
@@ -107,12 +107,12 @@ def load_model(options: LoadOptions, ranks: Ranks | None = None) -> LoadedModel:
         # transformers fills them with random numbers.
         raise ModelLoadError(f"the checkpoint lacks {len(absent)} tensors, {absent[0]} for one", field="model")
     _check_resident(model)
-    parameters = model.num_parameters()
+    parameters, weights = model.num_parameters(), weights_digest(model)
     if options.quantization != "none" and quantization is None:
         quantize_linears(model, options.quantization)
     model.eval()
     tokenizer = load_tokenizer(options.model)
-    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters, weights_digest(model))
+    return LoadedModel(model, tokenizer, fingerprint(model, tokenizer), options, parameters, weights)
 
 
 def check_split(options: LoadOptions, ranks: Ranks) -> None:
