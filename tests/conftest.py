@@ -6,6 +6,9 @@ import signal
 
 import hypothesis
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("specpair", deadline=None)
@@ -26,3 +29,18 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def exporter():
+    """Holds the spans that have ended."""
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def provider(exporter):
+    """A tracer provider whose spans go there at once."""
+    made = TracerProvider()
+    made.add_span_processor(SimpleSpanProcessor(exporter))
+    yield made
+    made.shutdown()

@@ -8,9 +8,6 @@ import sys
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from specpair import (
     Credentials,
@@ -33,19 +30,6 @@ from .fakes import FakeTarget
 PROMPT = [3, 4, 5]
 PARAMS = SamplingParams(max_new_tokens=14)
 ROUND = Round(1, Source.NGRAM, 4, 4, 2, 0.001, 0.002, forward_seconds=0.001)
-
-
-@pytest.fixture
-def exporter():
-    return InMemorySpanExporter()
-
-
-@pytest.fixture
-def provider(exporter):
-    made = TracerProvider()
-    made.add_span_processor(SimpleSpanProcessor(exporter))
-    yield made
-    made.shutdown()
 
 
 def generate(target=None, provider=None, **options):

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from specpair import InvalidRequestError, SamplingParams, SpeculativeClient
 from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
@@ -51,20 +48,6 @@ def draft(launch, collector):
     """Such a draft."""
     flags = f"--model={DEMO / 'draft'}", "--slots=2", f"--max-length={BF16_LENGTH}"
     return launch("draft", *flags, env=collector.environment)
-
-
-@pytest.fixture
-def exporter():
-    """The client's own spans."""
-    return InMemorySpanExporter()
-
-
-@pytest.fixture
-def provider(exporter):
-    made = TracerProvider()
-    made.add_span_processor(SimpleSpanProcessor(exporter))
-    yield made
-    made.shutdown()
 
 
 def line(service, request_id, method):

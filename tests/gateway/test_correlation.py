@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from specpair_gateway.app import create_app
 from specpair_gateway.config import GatewayConfig
@@ -43,19 +39,6 @@ def test_a_hostile_id_goes_nowhere():
     assert events(answer)
     assert ids(target) == [answer.headers["x-request-id"]]
     assert len(ids(target)[0]) == 32
-
-
-@pytest.fixture
-def exporter():
-    return InMemorySpanExporter()
-
-
-@pytest.fixture
-def provider(exporter):
-    made = TracerProvider()
-    made.add_span_processor(SimpleSpanProcessor(exporter))
-    yield made
-    made.shutdown()
 
 
 def test_a_request_is_a_span_with_its_generations_below(exporter, provider, caplog):
