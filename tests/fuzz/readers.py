@@ -40,7 +40,7 @@ def _start(request: target_pb2.VerifyRequest) -> None:
 
 def _block(rule: int, request: target_pb2.VerifyRequest) -> None:
     sampling = target_pb2.GenerateRequest(sampling={"rule": rule}).sampling
-    target_wire.read_block(request.block, common_wire.read_sampling(sampling, _VOCABULARY, "sampling"), _LIMITS)
+    target_wire.read_blocks(request.block, common_wire.read_sampling(sampling, _VOCABULARY, "sampling"), _LIMITS)
 
 
 def _explain(request: target_pb2.ExplainVerifyRequest) -> None:
