@@ -127,6 +127,7 @@ def test_no_token_in_plain_text(tmp_path):
     assert (output, said) == ("", "error: the token would go to 192.0.2.1:50051 in plain text: give a CA\n")
 
 
+@installed
 def test_secured(secured, tmp_path):
     """With a CA, a certificate and a token it is let in; the draft, which wants another token, is done without."""
     files = [f"--ca={secured.ours.path}", f"--cert={secured.client[0]}", f"--key={secured.client[1]}"]
