@@ -70,7 +70,8 @@ def test_however_often_it_breaks(breaks, mode, behaviour, chain, lookup, seed, d
     params = replace(PARAMS, seed=seed)
     target = FakeTarget(breaks=dict.fromkeys(breaks, GONE), delay=delay)
     draft = FakeDraft(behaviour)
-    result = generate(target, draft, mode, params=params, chain=chain, lookup=lookup)
+    patient = {"connect_timeout": 60.0}  # all breaks may come before the beginning
+    result = generate(target, draft, mode, params=params, chain=chain, lookup=lookup, **patient)
     undisturbed = generate(FakeTarget(), mode="none", params=params)
     check(result, undisturbed, resumes=result.stats.resumes)
     broken = len(target.streams) - 1
