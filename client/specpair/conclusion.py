@@ -19,13 +19,13 @@ def conclude(turn: Turn, error: BaseException | None) -> None:
 
     Counts, seconds and names only: no prompt, text or token, and no error's message, which may quote the request.
     """
-    request = turn.request
+    request, status = turn.request, _status(turn, error)
     if request.observer is not None:
-        _count(turn, request.observer, _status(turn, error))
+        _count(turn, request.observer, status)
     if not (request.recording or _log.isEnabledFor(logging.INFO)):
-        request.end(_status(turn, error), {})
+        request.end(status, {})
         return
-    status, stats = _status(turn, error), turn.stats
+    stats = turn.stats
     fields = {
         "request_id": request.id,
         "status": status,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from specpair_runtime.engine_metrics import SECONDS, EngineMetrics
+from specpair_runtime.engine_metrics import LENGTHS, SECONDS, EngineMetrics
 from specpair_runtime.slots import SlotPool
 
 __all__ = ["DraftMetrics"]
 
 # Names of `Source` in the protocol, as labels.
 _SOURCES = {2: "model", 3: "ngram"}
-_LENGTHS = (*range(9), 12, 16, 24, 32, 48, 63)
 
 
 class DraftMetrics:
@@ -32,7 +31,7 @@ class DraftMetrics:
             registry=registry,
         )
         self._lengths = Histogram(
-            "specpair_draft_proposal_length", "Tokens of a proposal.", buckets=_LENGTHS, registry=registry
+            "specpair_draft_proposal_length", "Tokens of a proposal.", buckets=LENGTHS, registry=registry
         )
         stages = Histogram(
             "specpair_draft_seconds",

@@ -9,10 +9,13 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from specpair_runtime.slots import SlotPool
 
-__all__ = ["SECONDS", "EngineMetrics"]
+__all__ = ["LENGTHS", "SECONDS", "EngineMetrics"]
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """Bounds of histograms of seconds, from a small model's step to a long wait for a slot."""
+
+LENGTHS = (*range(9), 12, 16, 24, 32, 48, 63)
+"""Bounds of histograms of proposals' lengths, up to that of the widest block."""
 
 _SESSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 

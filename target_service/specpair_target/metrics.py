@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
-from specpair_runtime.engine_metrics import SECONDS, EngineMetrics
+from specpair_runtime.engine_metrics import LENGTHS, SECONDS, EngineMetrics
 from specpair_target.blocks import Answer, Stale
 
 __all__ = ["StreamMetrics", "VerifyMetrics"]
@@ -21,7 +21,6 @@ __all__ = ["StreamMetrics", "VerifyMetrics"]
 # Names of `Source` in the protocol, as labels. A client can send any other number.
 _SOURCES = {1: "target", 2: "model", 3: "ngram", 4: "prediction"}
 _OTHER = "other"
-_LENGTHS = (*range(9), 12, 16, 24, 32, 48, 63)
 
 _Table = dict[tuple[str, int, int], int]
 """How often a block of (source, proposed, accepted) was judged."""
@@ -172,7 +171,7 @@ def _sums(table: _Table, part: int) -> Tally[int]:
 def _histogram(name: str, text: str, counts: Tally[int]) -> HistogramMetricFamily:
     buckets = [
         (str(float(bound)), float(sum(times for length, times in counts.items() if length <= bound)))
-        for bound in _LENGTHS
+        for bound in LENGTHS
     ]
     buckets.append(("+Inf", float(counts.total())))
     family = HistogramMetricFamily(name, text)

@@ -32,8 +32,13 @@ def command(name, **options):
 
 def run(name, *more, stdin="", expect=0, **options):
     """What an example prints, on both streams, with more arguments than its command has."""
+    return finished([*command(name, **options), *more], stdin=stdin, expect=expect)
+
+
+def finished(words, *, stdin="", expect=0):
+    """What a command prints, on both streams, in the directory that readers start it in."""
     done = subprocess.run(
-        [*command(name, **options), *more],
+        words,
         input=stdin,
         capture_output=True,
         text=True,

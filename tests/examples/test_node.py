@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 
 import pytest
 
@@ -15,9 +14,8 @@ from specpair.v1 import target_pb2, target_pb2_grpc
 
 from ..e2e.conftest import VOCABULARY
 from ..e2e.drafts import hanging, liar, serving
-from ..e2e.processes import environment
 from ..e2e.test_security import TARGET_TOKEN, WRONG_TOKEN
-from .running import BOUND, EXAMPLES, ROOT
+from .running import BOUND, EXAMPLES, finished
 
 NODE = EXAMPLES / "node"
 PROMPT = "import os\nimport sys\n\n\ndef main():\n    "
@@ -35,18 +33,8 @@ installed = pytest.mark.skipif(
 
 def node(*arguments, expect=0):
     """What the command prints, on both streams."""
-    done = subprocess.run(
-        ["node", NODE / "generate.mjs", PROMPT, f"--max-new-tokens={TOKENS}", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        cwd=ROOT,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == expect, done.stderr
-    return done.stdout, done.stderr
+    words = ["node", NODE / "generate.mjs", PROMPT, f"--max-new-tokens={TOKENS}", *arguments]
+    return finished(words, expect=expect)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +14,24 @@ from specpair.phases import showing
 from specpair.rendering import decorated, stderr
 from specpair.waiting import Waited, until_ready
 
-__all__ = ["Wait", "wait_for", "wait_for_addresses"]
+__all__ = ["Wait", "WaitIfAsked", "wait_for", "wait_for_addresses"]
 
-Wait = Annotated[
-    float | None,
-    typer.Option(
+
+def _option(default: str = "") -> Any:  # noqa: ANN401 - as typer says of its options
+    return typer.Option(
         metavar="SECONDS",
         envvar="SPECPAIR_WAIT",
         min=0,
-        help="Wait so long for the services to serve, and show how far they are; default: on a terminal as long as the "
-        "target is loading, else not. 0: not at all.",
+        help=f"Wait so long for the services to serve, and show how far they are{default}.",
         show_default=False,
         rich_help_panel="Services",
-    ),
+    )
+
+
+Wait = Annotated[
+    float | None, _option("; default: on a terminal as long as the target is loading, else not. 0: not at all")
 ]
+WaitIfAsked = Annotated[float | None, _option()]
 
 
 async def wait_for(target: str, draft: str, connecting: Connecting, within: float | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from specpair.commands.options import Draft, Json, Services, Target, opened
-from specpair.commands.progress import wait_for, wait_for_addresses
+from specpair.commands.progress import WaitIfAsked, wait_for, wait_for_addresses
 from specpair.connecting import Connecting
 from specpair.errors import InvalidRequestError, SpecpairError
 from specpair.grpc_transports import GrpcTarget
@@ -20,20 +20,8 @@ from specpair.rendering import info_table, stderr, stdout
 
 __all__ = ["health", "info"]
 
-_WaitFor = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SECONDS",
-        envvar="SPECPAIR_WAIT",
-        min=0,
-        help="Wait so long for the services to serve, and show how far they are.",
-        show_default=False,
-        rich_help_panel="Services",
-    ),
-]
 
-
-def info(as_json: Json = False, wait: _WaitFor = None, *, services: Services, connecting: Connecting) -> None:
+def info(as_json: Json = False, wait: WaitIfAsked = None, *, services: Services, connecting: Connecting) -> None:
     """Show what both services run."""
 
     async def ask() -> tuple[ModelInfo, ModelInfo | None]:
@@ -54,7 +42,7 @@ def health(
     target: Target = DEFAULT_TARGET,
     draft: Draft = DEFAULT_DRAFT,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
-    wait: _WaitFor = None,
+    wait: WaitIfAsked = None,
     as_json: Json = False,
     *,
     connecting: Connecting,
