@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
+from specpair.clock import loop_time
 from specpair.errors import SpecpairError
 
 __all__ = ["Patience", "Timing", "delays"]
@@ -24,7 +24,7 @@ _JITTER = 0.2
 class Timing:
     """Where time and chance come from."""
 
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = loop_time
     """Seconds from anywhere."""
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
     chance: Callable[[], float] = random.random

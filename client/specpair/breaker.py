@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable
 from enum import StrEnum
 from weakref import WeakSet
+
+from specpair.clock import loop_time
 
 __all__ = ["Breaker", "Permit", "State"]
 
@@ -82,9 +83,7 @@ class Permit:
 class Breaker:
     """`now` counts seconds from anywhere; `chance` returns numbers from 0 to 1."""
 
-    def __init__(
-        self, *, now: Callable[[], float] = time.monotonic, chance: Callable[[], float] = random.random
-    ) -> None:
+    def __init__(self, *, now: Callable[[], float] = loop_time, chance: Callable[[], float] = random.random) -> None:
         self.now = now
         self.state = State.CLOSED
         self.reason = ""

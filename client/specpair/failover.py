@@ -14,7 +14,6 @@ in time.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 from specpair import errors, transports
 from specpair.breaker import Permit
+from specpair.clock import loop_time
 from specpair.errors import (
     DeadlineError,
     InternalError,
@@ -64,7 +64,7 @@ class Link:
         timeout: float,
         within: float | None = None,
         note: Callable[[str], None] = lambda reason: None,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = loop_time,
     ) -> None:
         self.reason = ""
         """Why the service is not in use."""
@@ -231,7 +231,7 @@ class Link:
         """The breaker has opened: nobody waits for the service any more."""
         self.reason = reason
         if self._readying is None and self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(asyncio.get_running_loop().time())
+            self._limit.reschedule(loop_time())
         self.cancel()
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
+from specpair.clock import loop_time
 from specpair.conclusion import conclude
 from specpair.errors import DeadlineError, SpecpairError
 from specpair.results import Chunk, Result, Stats, Token
@@ -88,7 +89,7 @@ class TokenStream:
     def _begin(self) -> None:
         self._running = True
         if self._timeout is not None:
-            self._deadline = asyncio.get_running_loop().time() + self._timeout
+            self._deadline = loop_time() + self._timeout
         self._turn.request.begin()
 
     def _end(self, error: BaseException | None) -> None:

@@ -77,9 +77,8 @@ class Yields:
     @property
     def plain(self) -> float:
         """Tokens that plain steps bring in the time of a round with a lookup, at least one."""
-        if not (self._verdict.known and self._plain.known):
-            return 1.0
-        return max(self._verdict.value / self._plain.value, 1.0)
+        verdict, plain = self._verdict.value, self._plain.value
+        return max(verdict / plain, 1.0) if plain else 1.0
 
     def pays(self, kind: tuple[str, int], goodput: float, otherwise: float) -> bool:
         """Whether to propose what brings `goodput` where something else brings `otherwise`, to try it included."""

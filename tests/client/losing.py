@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from specpair import SamplingParams, Source, SpeculativeClient, UnavailableError
 
+from .. import virtual_time
 from .fakes import FINGERPRINT, FakeDraft, FakeTime
 
 PROMPT = (3, 4, 5)
@@ -44,7 +45,7 @@ def generate(target=None, *args, prompt=PROMPT, params=PARAMS, timeout=None, **o
         assert "".join(chunk.text for chunk in chunks) == stream.result.text
         return stream.result
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 def turns(prompts, target, *args, params=PARAMS, between=lambda target: None, **options):
@@ -61,7 +62,7 @@ def turns(prompts, target, *args, params=PARAMS, between=lambda target: None, **
             assert session.token_ids == log
         return results
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 def check(result, undisturbed, resumes=1):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from specpair import OverloadedError, UnavailableError
 from specpair.backoff import Patience, Timing, delays
 
+from .. import virtual_time
 from .fakes import FakeTime
 
 GONE = UnavailableError("gone")
@@ -24,7 +25,7 @@ def waited(patience, errors):
         for error in errors:
             await patience.wait(error)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_delays_grow_up_to_two_seconds():
@@ -104,7 +105,14 @@ def test_a_hint_behind_the_end_is_the_end(hint):
 def test_time_is_real_unless_it_is_given():
     """The default clock moves by itself, and chance has no pattern."""
     timing = Timing()
-    begin = timing.clock()
-    asyncio.run(Patience(1.0).wait(GONE))
-    assert timing.clock() >= begin
+
+    async def work():
+        begin = timing.clock()
+        patience = Patience(1.0)
+        for _ in range(3):
+            await patience.wait(GONE)
+        return timing.clock() - begin
+
+    assert 0.8 * 0.26 <= virtual_time.run(work()) <= 1.2 * 0.26
+    assert asyncio.run(work()) >= 0.8 * 0.26
     assert len({timing.chance() for _ in range(10)}) > 1

@@ -15,6 +15,7 @@ from specpair.errors import UnavailableError, UnsupportedError
 from specpair.messages import Phase
 from specpair.recovery import Recovery
 
+from .. import virtual_time
 from .fakes import FINGERPRINT, FakeTarget
 from .flaky import FlakyDraft
 
@@ -227,7 +228,7 @@ def test_a_lost_service_is_asked_until_it_is_healthy(clock):
         await watched.recovery.aclose()
         return watched
 
-    watched = asyncio.run(run())
+    watched = virtual_time.run(run())
     assert clock.sleeps[:5] == [0.2, 0.4, 0.5, 0.5, 0.5]
     assert watched.target.infos == watched.draft.infos == 1
 
@@ -242,7 +243,7 @@ def test_a_closed_breaker_asks_nobody(clock):
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return watched.draft.healths
 
-    assert asyncio.run(run()) == 0
+    assert virtual_time.run(run()) == 0
 
 
 def test_it_ends_when_nobody_wants_the_service_and_begins_again(clock):
@@ -262,7 +263,7 @@ def test_it_ends_when_nobody_wants_the_service_and_begins_again(clock):
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return slept
 
-    assert 5.0 <= asyncio.run(run()) <= 6.0
+    assert 5.0 <= virtual_time.run(run()) <= 6.0
 
 
 def test_an_event_loop_may_end_without_it(clock):
@@ -273,7 +274,7 @@ def test_an_event_loop_may_end_without_it(clock):
         watched.breaker.lose("gone")
         watched.recovery.want()
 
-    asyncio.run(run())
+    virtual_time.run(run())
     gc.collect()
 
 
@@ -293,7 +294,7 @@ def test_what_came_back_is_compared_again(clock, log):
         await watched.recovery.aclose()
         return watched
 
-    watched = asyncio.run(run())
+    watched = virtual_time.run(run())
     assert watched.recovery.pairing.mismatch is None, "a draft that took the place of one that fitted is no error"
     assert log() == ["WARNING", "WARNING"]
     assert watched.target.infos == 1
@@ -314,7 +315,7 @@ def test_a_cooldown_is_slept_through(clock):
         await watched.recovery.aclose()
         return clock() - began
 
-    assert asyncio.run(run()) == pytest.approx(4.0)
+    assert virtual_time.run(run()) == pytest.approx(4.0)
 
 
 def test_a_service_that_is_not_ready_or_has_no_health_service(clock):
@@ -336,7 +337,7 @@ def test_a_service_that_is_not_ready_or_has_no_health_service(clock):
         await watched.until(lambda: watched.breaker.state is State.HALF_OPEN)
         await watched.recovery.aclose()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_target_that_fails_meanwhile_is_not_the_drafts_fault(clock):
@@ -352,7 +353,7 @@ def test_a_target_that_fails_meanwhile_is_not_the_drafts_fault(clock):
         await watched.until(lambda: watched.breaker.state is State.HALF_OPEN)
         await watched.recovery.aclose()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_who_compares_at_the_same_time_asks_once():
@@ -368,4 +369,4 @@ def test_who_compares_at_the_same_time_asks_once():
         assert [(await one).refusal for one in waiting[1:]] == ["", ""]
         return target.infos, draft.infos
 
-    assert asyncio.run(run()) == (1, 1)
+    assert virtual_time.run(run()) == (1, 1)

@@ -22,6 +22,7 @@ from specpair import (
 )
 from specpair.messages import Proposal
 
+from .. import virtual_time
 from . import fakes
 from .fakes import FakeDraft, FakeTarget, continuation, tokenized
 
@@ -45,7 +46,7 @@ def generate(*args, params=PARAMS, **options):
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return result
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 def half_right(draft, ask):
@@ -116,7 +117,7 @@ def test_blocks_are_under_way_together():
                 most = max(most, len(target.blocks) - stream.stats.rounds)
         return most
 
-    assert asyncio.run(run()) == 3
+    assert virtual_time.run(run()) == 3
 
 
 def test_asks_take_back_what_did_not_come_true():
@@ -173,7 +174,7 @@ def test_leaving_in_mid_chain_leaves_nothing(mode, after):
             assert asyncio.all_tasks() == {asyncio.current_task()}
             assert all(stream.cancelled for stream in target.streams + draft.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("slow", ["target", "draft"])
@@ -192,7 +193,7 @@ def test_a_deadline_holds_in_mid_chain(slow):
             assert asyncio.all_tasks() == {asyncio.current_task()}
             assert stream.tokens != ()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_losing_the_target_in_mid_chain_is_an_error():
@@ -207,7 +208,7 @@ def test_losing_the_target_in_mid_chain_is_an_error():
             assert asyncio.all_tasks() == {asyncio.current_task()}
             assert [token.id for token in stream.tokens] == continuation(PROMPT, 16)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("stop", [(), (2,), (6,)])
@@ -221,7 +222,7 @@ def test_a_turn_begins_while_blocks_of_the_last_one_are_answered(stop, behaviour
             return [await session.generate(prompt, params) for prompt in ("a", (4, 9), "c")]
 
     log = []
-    for prompt, result in zip(("a", (4, 9), "c"), asyncio.run(run()), strict=True):
+    for prompt, result in zip(("a", (4, 9), "c"), virtual_time.run(run()), strict=True):
         log += tokenized(prompt)
         expected = continuation(log, COUNT)
         ends = [i for i, id_ in enumerate(expected) if id_ in stop]

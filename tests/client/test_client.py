@@ -25,6 +25,7 @@ from specpair import (
     UnavailableError,
 )
 
+from .. import virtual_time
 from . import fakes
 from .fakes import FINGERPRINT, FakeDraft, FakeTarget, continuation
 
@@ -55,7 +56,7 @@ def generate(*args, prompt=PROMPT, params=PARAMS, timeout=None, **options):
         async with client(*args, **options) as opened:
             return await opened.generate(prompt, params, timeout=timeout)
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 def name(value):
@@ -152,7 +153,7 @@ def test_a_draft_is_used_again_once_it_is_back():
                 await asyncio.sleep(0.01)
                 stats = (await opened.generate(PROMPT, PARAMS)).stats
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_the_pair_is_compared_once():
             for _ in range(3):
                 await opened.generate(PROMPT, PARAMS)
 
-    asyncio.run(run())
+    virtual_time.run(run())
     assert target.infos == 1
 
 
@@ -213,7 +214,7 @@ def test_a_stream_is_the_result_in_pieces():
                         _ = stream.result
             return chunks, stream.result
 
-    chunks, result = asyncio.run(run())
+    chunks, result = virtual_time.run(run())
     assert len(chunks) == result.stats.rounds > 1
     assert "".join(chunk.text for chunk in chunks) == result.text
     assert chunks[-1].finish_reason is result.finish_reason
@@ -242,7 +243,7 @@ def test_closing_a_stream_ends_both_calls(mode):
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
@@ -259,7 +260,7 @@ def test_cancelling_a_generation_ends_both_calls(mode):
         assert all(call.cancelled for call in target.streams + draft.streams)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_cancellation_is_not_mistaken_for_a_lost_draft():
@@ -275,7 +276,7 @@ def test_cancellation_is_not_mistaken_for_a_lost_draft():
         assert target.blocks == []
         assert draft.streams[0].cancelled
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
@@ -293,7 +294,7 @@ def test_a_deadline_ends_a_generation(mode):
             assert ids == continuation(PROMPT, len(ids))
         assert all(call.cancelled for call in target.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
@@ -340,7 +341,7 @@ def test_losing_the_target_is_an_error_with_the_tokens_so_far():
                     pass
             return [token.id for token in stream.tokens]
 
-    ids = asyncio.run(run())
+    ids = virtual_time.run(run())
     assert len(ids) >= 3
     assert ids == continuation(PROMPT, len(ids))
 
@@ -366,7 +367,7 @@ def test_generations_at_once_do_not_mix():
             prompts = [(i, i + 1, i + 2) for i in range(1, 9)]
             return prompts, await asyncio.gather(*(opened.generate(prompt, PARAMS) for prompt in prompts))
 
-    for prompt, result in zip(*asyncio.run(run()), strict=True):
+    for prompt, result in zip(*virtual_time.run(run()), strict=True):
         assert list(result.token_ids) == continuation(prompt, COUNT)
 
 
@@ -380,7 +381,7 @@ def test_an_explanation_is_asked_for_what_would_be_proposed(mode, draft_length):
         async with client(target, draft, mode, draft_length=draft_length) as opened:
             return await opened.explain(prompt)
 
-    explained = asyncio.run(run())
+    explained = virtual_time.run(run())
     [question] = target.questions
     count = {"none": 0}.get(mode, 7 if draft_length is None else draft_length)
     assert list(question.token_ids) == continuation(prompt, count)
@@ -398,7 +399,7 @@ def test_an_explanation_of_a_given_proposal():
         async with client(target, draft) as opened:
             return await opened.explain("ab", [1, 2, 3], SamplingParams(seed=5))
 
-    assert [one.proposed_token_id for one in asyncio.run(run())] == [1, 2, 3, None]
+    assert [one.proposed_token_id for one in virtual_time.run(run())] == [1, 2, 3, None]
     [question] = target.questions
     assert (question.prompt, question.params.seed, question.token_ids) == ("ab", 5, [1, 2, 3])
     assert (draft.streams, target.infos) == ([], 0)
@@ -420,7 +421,7 @@ def test_info_health_and_text():
             assert (await opened.info())[1] is None
             assert await opened.healthy() == (True, None)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize(

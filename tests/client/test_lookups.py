@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import pytest
@@ -19,6 +18,7 @@ from specpair import (
     UnavailableError,
 )
 
+from .. import virtual_time
 from . import fakes
 from .fakes import VOCABULARY, FakeDraft, FakeTarget, continuation, text_of
 
@@ -44,7 +44,7 @@ def generate(*args, prediction=None, params=PARAMS, **options):
         async with client(*args, **options) as opened:
             return await opened.generate(PROMPT, params, prediction=prediction)
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 @pytest.mark.parametrize("mode", ["draft:1", "ngram", "none"])
@@ -125,12 +125,12 @@ def test_a_corpus_takes_every_finished_output():
             return [(await opened.generate(PROMPT, PARAMS)).stats for _ in range(2)]
 
     corpus = Corpus()
-    first, second = asyncio.run(run(corpus))
+    first, second = virtual_time.run(run(corpus))
     assert len(corpus) == 2 * COUNT + 1
     assert Source.PREDICTION not in first.accepted_by_source
     assert second.accepted_by_source[Source.PREDICTION] > 0
     assert second.rounds <= first.rounds
-    assert all(Source.PREDICTION not in stats.accepted_by_source for stats in asyncio.run(run(None)))
+    assert all(Source.PREDICTION not in stats.accepted_by_source for stats in virtual_time.run(run(None)))
 
 
 def test_an_unfinished_output_is_not_kept():
@@ -142,7 +142,7 @@ def test_an_unfinished_output_is_not_kept():
             await anext(stream)
         return corpus
 
-    assert len(asyncio.run(run())) == 0
+    assert len(virtual_time.run(run())) == 0
 
 
 def test_turns_of_a_session():
@@ -158,7 +158,7 @@ def test_turns_of_a_session():
                 assert [token.id async for chunk in stream for token in chunk.tokens] == after
             return first, stream.result
 
-    for result in asyncio.run(run()):
+    for result in virtual_time.run(run()):
         assert result.stats.rounds == -(-COUNT // 8)
         assert set(result.stats.accepted_by_source) == {Source.PREDICTION}
 

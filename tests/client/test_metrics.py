@@ -11,6 +11,7 @@ from specpair import InvalidRequestError, SamplingParams, SpeculativeClient
 from specpair.metrics import ClientMetrics
 from specpair.results import ProposerChange, Source, Stats
 
+from .. import virtual_time
 from .fakes import FakeTarget
 
 PARAMS = SamplingParams(max_new_tokens=12)
@@ -97,7 +98,7 @@ def test_a_generation_is_counted_once(registry, draft):
                     await session.generate((1, 2, 3), PARAMS)
             return whole
 
-    result = asyncio.run(check())
+    result = virtual_time.run(check())
     times = 2 if draft == "none" else 3
     assert value(registry, "generations_total", status="OK", finish="max_new_tokens") == times
     tokens = sum(value(registry, "output_tokens_total", source=source.value) for source in Source)
@@ -115,7 +116,7 @@ def test_who_fails_to_count_costs_no_result(caplog):
         async with client_of(metrics) as client:
             return await client.generate((1, 2, 3), PARAMS)
 
-    assert asyncio.run(check(Broken())).token_ids == asyncio.run(check(None)).token_ids
+    assert virtual_time.run(check(Broken())).token_ids == asyncio.run(check(None)).token_ids
     assert [record.message for record in caplog.records] == ["a generation was not counted"]
 
 
@@ -128,7 +129,7 @@ def test_a_generation_that_is_left(registry):
                 await anext(stream)
             return len(stream.tokens)
 
-    tokens = asyncio.run(check())
+    tokens = virtual_time.run(check())
     assert value(registry, "generations_total", status="CANCELLED", finish="") == 1
     assert sum(value(registry, "output_tokens_total", source=source.value) for source in Source) == tokens > 0
 
@@ -141,7 +142,7 @@ def test_a_generation_that_fails(registry):
             with pytest.raises(InvalidRequestError):
                 await client.generate((), PARAMS)
 
-    asyncio.run(check())
+    virtual_time.run(check())
     [family] = [family for family in registry.collect() if family.name == "specpair_client_generations"]
     failed = {sample.labels["status"] for sample in family.samples if sample.labels["finish"] == "" and sample.value}
     assert failed == {"INVALID_ARGUMENT"}
@@ -155,7 +156,7 @@ def test_clients_share_metrics(registry):
         async with client_of(metrics) as one, client_of(metrics) as two:
             await asyncio.gather(one.generate((1, 2, 3), PARAMS), two.generate((1, 2, 3), PARAMS))
 
-    asyncio.run(check())
+    virtual_time.run(check())
     assert value(registry, "generations_total", status="OK", finish="max_new_tokens") == 2
     with pytest.raises(ValueError, match="Duplicated"):
         ClientMetrics(registry)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from specpair import InvalidRequestError
 from specpair.prediction import PredictedOutput, predicted_ids
 
+from .. import virtual_time
 from .fakes import FakeTarget, tokenized
 
 PROMPT = [90, 91, 92]
@@ -97,15 +96,15 @@ class WithBos(FakeTarget):
 
 def test_text_is_tokenized_without_special_tokens():
     """The ids of a text are the target's for it, less those that the tokenizer begins every text with."""
-    ids = asyncio.run(predicted_ids(WithBos(), "abc"))
+    ids = virtual_time.run(predicted_ids(WithBos(), "abc"))
     assert ids == tuple(tokenized("abc"))
-    assert asyncio.run(predicted_ids(WithBos(), "")) == ()
-    assert asyncio.run(predicted_ids(WithBos(), [5, 1, 7])) == (5, 1, 7)
+    assert virtual_time.run(predicted_ids(WithBos(), "")) == ()
+    assert virtual_time.run(predicted_ids(WithBos(), [5, 1, 7])) == (5, 1, 7)
 
 
 @pytest.mark.parametrize("wrong", ["a text too long", [1, -1], [2**32], ["a"], b"abc", [1.5], 7, [{"role": "user"}]])
 def test_what_cannot_be_a_prediction_is_refused_by_name(wrong):
     """Neither text nor ids, ids that are none, or more than fits a slot."""
     with pytest.raises(InvalidRequestError) as refused:
-        asyncio.run(predicted_ids(WithBos(), wrong))
+        virtual_time.run(predicted_ids(WithBos(), wrong))
     assert refused.value.field == "prediction"

@@ -14,6 +14,7 @@ from specpair import DraftMismatchError, SamplingParams, SpeculativeClient, Unav
 from specpair.errors import InternalError
 from specpair.request_ids import request_id_of
 
+from .. import virtual_time
 from .fakes import FINGERPRINT, VOCABULARY, FakeDraft, FakeTarget
 
 PROMPT = [3, 4, 5]
@@ -34,7 +35,7 @@ def run(work):
         async with asyncio.timeout(30):
             return await work
 
-    return asyncio.run(bounded())
+    return virtual_time.run(bounded())
 
 
 async def generate(given=None, target=None, **options):
@@ -126,7 +127,7 @@ def test_a_shared_failure_says_each_its_own():
 
 def test_one_line_at_the_end(lines):
     """Of a generation, with its counts; no prompt and no text."""
-    result = run(generate("mine-5"))
+    result = run(generate("mine-5", FakeTarget(delay=0.001)))
     (line,) = lines()
     stats = result.stats
     assert line.levelname == "INFO"

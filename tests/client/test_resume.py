@@ -22,6 +22,7 @@ from specpair import (
 )
 from specpair.transports import STREAM_ENDED
 
+from .. import virtual_time
 from . import fakes
 from .fakes import FakeDraft, FakeTarget, FakeTime, continuation
 from .losing import COUNT, GONE, MODES, PARAMS, PROMPT, check, client, generate
@@ -128,7 +129,7 @@ def test_what_is_not_resumed(final, mode):
             assert raised.value is final
             return [token.id for token in stream.tokens]
 
-    ids = asyncio.run(run())
+    ids = virtual_time.run(run())
     assert ids == continuation(PROMPT, len(ids)) != []
     assert len(target.streams) == 1
 
@@ -165,9 +166,9 @@ def test_a_caller_that_cancels_is_not_resumed(mode):
         assert all(stream.cancelled for stream in target.streams)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    asyncio.run(run(FakeTarget(delay=3600)))
+    virtual_time.run(run(FakeTarget(delay=3600)))
     away = FakeTarget(breaks={3: UnavailableError("later", retry_after=5.0)})
-    asyncio.run(run(away, time=FakeTime(real=True)))
+    virtual_time.run(run(away, time=FakeTime(real=True)))
     assert len(away.streams) == 1
 
 
@@ -182,7 +183,7 @@ def test_the_deadline_holds_while_a_target_is_away(mode):
                 await opened.generate(PROMPT, PARAMS, timeout=0.3)
         assert all(stream.cancelled for stream in away.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_new_stream_is_told_what_is_left_of_the_time():

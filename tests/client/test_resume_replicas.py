@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from specpair import (
     UnavailableError,
 )
 
+from .. import virtual_time
 from .fakes import FINGERPRINT, FakeTarget, FakeTime, continuation, text_of
 from .losing import COUNT, GONE, MODES, OTHER, PARAMS, PROMPT, check, client, generate
 
@@ -33,7 +33,7 @@ class TestTwoTargets:
             async with client(None, mode=mode, targets=[one, other]) as opened:
                 return [await opened.generate(PROMPT, PARAMS) for _ in range(3)]
 
-        first, *others = asyncio.run(run())
+        first, *others = virtual_time.run(run())
         check(first, undisturbed)
         for result in others:
             check(result, undisturbed, resumes=0)
@@ -53,7 +53,7 @@ class TestTwoTargets:
             assert [result.stats.resumes for result in (stays, moved, again)] == [0, 1, 0]
             assert (len(one.streams), len(other.streams)) == (2, 1)
 
-        asyncio.run(run())
+        virtual_time.run(run())
 
     @pytest.mark.parametrize("mode", MODES)
     def test_the_first_one_is_not_there(self, mode):
@@ -151,7 +151,7 @@ class TestTwoTargets:
                 assert (len(one.streams), len(other.streams)) == (3, 2)
                 return stream.result
 
-        check(asyncio.run(run()), undisturbed)
+        check(virtual_time.run(run()), undisturbed)
 
     def test_no_address_left(self):
         """If all targets run something else than the session began with, that is the error."""
@@ -172,7 +172,7 @@ class TestTwoTargets:
                 assert await opened.detokenize([1]) == text_of(1)
                 assert (await opened.healthy())[0]
 
-        asyncio.run(run())
+        virtual_time.run(run())
 
 
 class TestBack:
@@ -195,7 +195,7 @@ class TestBack:
                 assert len(target.streams) == 1
                 return await opened.generate(PROMPT, PARAMS)
 
-        assert list(asyncio.run(run()).token_ids) == continuation(PROMPT, COUNT)
+        assert list(virtual_time.run(run()).token_ids) == continuation(PROMPT, COUNT)
 
     @pytest.mark.parametrize(("runs", "usable"), [({"model": "new"}, True), ({"fingerprint": OTHER}, False)])
     def test_as_something_else_before_something_begins(self, runs, usable, caplog):
@@ -210,11 +210,11 @@ class TestBack:
                 return await opened.generate(PROMPT, PARAMS)
 
         if usable:
-            assert list(asyncio.run(run()).token_ids) == continuation(PROMPT, COUNT)
+            assert list(virtual_time.run(run()).token_ids) == continuation(PROMPT, COUNT)
             assert "has model new instead of target; new sessions begin with that" in caplog.text
         else:
             with pytest.raises(UnavailableError, match="has another fingerprint") as changed:
-                asyncio.run(run())
+                virtual_time.run(run())
             assert changed.value.reason == "TARGET_CHANGED"
 
     @pytest.mark.parametrize("mode", MODES)
@@ -235,7 +235,7 @@ class TestBack:
                     await opened.generate(PROMPT, PARAMS)
                 assert changed.value.reason == "TARGET_CHANGED"
 
-        asyncio.run(run())
+        virtual_time.run(run())
         assert "has other weights, software or hardware; new sessions begin with that" in caplog.text
 
     @pytest.mark.parametrize("mode", MODES)
@@ -254,7 +254,7 @@ class TestBack:
                     await opened.generate(PROMPT, PARAMS)
                 assert 0.5 < time.now - begin <= 3.0
 
-        asyncio.run(run())
+        virtual_time.run(run())
 
     @pytest.mark.parametrize("mode", MODES)
     def test_never_there(self, mode):

@@ -14,6 +14,7 @@ from specpair import (
     UnavailableError,
 )
 
+from .. import virtual_time
 from .fakes import FakeDraft, FakeTarget, FakeTime, tokenized
 from .losing import COUNT, GONE, MODES, PARAMS, PROMPT, check, client, turns
 
@@ -111,7 +112,7 @@ def test_a_session_that_is_closed_while_its_target_is_away_does_not_come_back():
             assert ended.value.reason == "SESSION_ENDED"
         assert len(target.streams) == 1
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_nothing_is_opened_again_without_a_loss():
@@ -163,7 +164,7 @@ def test_closed_while_a_stream_opens(breaks):
             assert ended.value.reason == "SESSION_ENDED"
         assert all(stream.cancelled for stream in target.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_finished_turn_is_learned_from_where_the_reader_stops():
@@ -176,5 +177,5 @@ def test_a_finished_turn_is_learned_from_where_the_reader_stops():
                 if chunk.finish_reason is not None:
                     break
 
-    asyncio.run(run())
+    virtual_time.run(run())
     assert len(corpus) >= COUNT

@@ -23,6 +23,7 @@ from specpair import (
 )
 from specpair.messages import Committed, Extend, Verdict
 
+from .. import virtual_time
 from . import fakes
 from .fakes import FINGERPRINT, FakeDraft, FakeTarget, continuation, text_of, tokenized
 
@@ -54,7 +55,7 @@ def turns(prompts, *args, params=PARAMS, **options):
         async with client(*args, **options) as opened, opened.session() as session:
             return [await session.generate(prompt, params) for prompt in prompts]
 
-    return asyncio.run(run())
+    return virtual_time.run(run())
 
 
 def name(value):
@@ -124,7 +125,7 @@ def test_a_conversation_continues_with_its_new_messages(mode):
 def test_all_turns_share_one_stream_at_each_service(mode):
     """One slot here and there: the draft hears of a turn with the whole session's tokens, and asks go on from there."""
     target, draft = FakeTarget(), FakeDraft()
-    results = turns(["a", "b", "c"], target, draft, mode=mode)
+    results = turns(["a", "b", "c"], target, draft, mode=mode, lookup="ngram" in mode)
     assert len(target.streams) == 1
     if "draft" in mode:
         assert len(draft.streams) == 1
@@ -155,7 +156,7 @@ def test_every_turn_has_parameters_of_its_own():
             first = await session.generate((3, 4), SamplingParams(max_new_tokens=5, seed=1))
             return first, await session.generate((5,), SamplingParams(max_new_tokens=9, seed=2))
 
-    first, second = asyncio.run(run())
+    first, second = virtual_time.run(run())
     assert list(first.token_ids) == continuation((3, 4), 5, 1)
     assert list(second.token_ids) == continuation(second.prompt_token_ids, 9, 2)
     assert [start.params.seed for start in draft.starts] == [1, 2]
@@ -178,7 +179,7 @@ def test_streams_of_earlier_turns_keep_their_results():
             assert session.token_ids == found[1].prompt_token_ids + found[1].token_ids
             assert found[1].prompt_token_ids[: 1 + COUNT] == found[0].prompt_token_ids + found[0].token_ids
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_session_ends_politely():
@@ -198,7 +199,7 @@ def test_a_session_ends_politely():
             with pytest.raises(UnavailableError, match="the session has ended: it was closed"):
                 await session.generate("b", PARAMS)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_session_without_a_turn_opens_nothing():
@@ -211,7 +212,7 @@ def test_a_session_without_a_turn_opens_nothing():
             await stream.aclose()
         assert (target.streams, draft.streams, target.infos) == ([], [], 0)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_an_exception_inside_the_block_ends_the_streams_at_once():
@@ -229,7 +230,7 @@ def test_an_exception_inside_the_block_ends_the_streams_at_once():
             await fail()
         assert all(stream.cancelled and not stream.finished for stream in target.streams + draft.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 async def leave(session):
@@ -282,7 +283,7 @@ def test_a_turn_cut_short_ends_the_session(mode, cut):
                 assert refused.value.reason == "SESSION_ENDED"
         assert len(target.streams) == 1
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_losing_the_target_ends_the_session():
@@ -300,7 +301,7 @@ def test_losing_the_target_ends_the_session():
                 await session.generate("c", PARAMS)
             return first, stream.tokens, session.token_ids
 
-    first, tokens, token_ids = asyncio.run(run())
+    first, tokens, token_ids = virtual_time.run(run())
     assert len(tokens) == 20 - COUNT
     assert token_ids == (*tokenized("a"), *first.token_ids, *tokenized("b"), *(token.id for token in tokens))
 
@@ -320,7 +321,7 @@ def test_one_turn_at_a_time():
             assert list(stream.result.token_ids) == continuation(tokenized("a"), COUNT)
             await session.generate("b", PARAMS)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_turn_has_reached_its_end_with_its_last_chunk():
@@ -343,7 +344,7 @@ def test_a_turn_has_reached_its_end_with_its_last_chunk():
             await session.generate("d", PARAMS)
         assert target.streams[0].finished
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_stream_that_nobody_holds_any_more_ends_the_session():
@@ -360,7 +361,7 @@ def test_a_stream_that_nobody_holds_any_more_ends_the_session():
                 await session.generate("b", PARAMS)
         assert all(stream.cancelled and not stream.finished for stream in target.streams + draft.streams)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 async def turn_with_the_model(session):
@@ -385,7 +386,7 @@ def test_a_draft_that_was_lost_is_used_again_when_it_is_back(behaviour):
             draft.behaviour = fakes.perfect
             return first, await turn_with_the_model(session)
 
-    first, later = asyncio.run(run())
+    first, later = virtual_time.run(run())
     assert [(change.round, change.proposer) for change in first.stats.proposer_changes] == [(3, "ngram")]
     assert later.stats.acceptance_rate == 1.0
     assert len(draft.streams) == 2
@@ -416,7 +417,7 @@ def test_a_draft_that_comes_up_later_is_used():
             draft.phase = Phase.READY
             return before, await turn_with_the_model(session)
 
-    before, _ = asyncio.run(run())
+    before, _ = virtual_time.run(run())
     assert before.stats.proposer == "ngram"
 
 
@@ -454,7 +455,7 @@ def test_the_echo_of_a_block_of_the_last_turn_is_passed_over():
             stream.answers.append(stream.answer(target.blocks[-1]))
             return await session.generate("b", PARAMS)
 
-    result = asyncio.run(run())
+    result = virtual_time.run(run())
     assert list(result.token_ids) == continuation(result.prompt_token_ids, COUNT)
 
 
@@ -471,7 +472,7 @@ def test_a_one_shot_call_is_a_session_of_one_turn():
                 async with opened.session() as session:
                     return await session.generate("a", PARAMS)
 
-        result = asyncio.run(run())
+        result = virtual_time.run(run())
         assert not any(isinstance(message, Extend) for message in target.blocks)
         seen.append((result.tokens, target.blocks, draft.starts, draft.asks))
     assert seen[0] == seen[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 
@@ -25,6 +24,7 @@ from specpair.request import RequestContext
 from specpair.results import Source
 from specpair.tracing import request_contexts
 
+from .. import virtual_time
 from .fakes import FakeTarget
 
 PROMPT = [3, 4, 5]
@@ -42,7 +42,7 @@ def generate(target=None, provider=None, **options):
         ) as client:
             return await client.generate(PROMPT, PARAMS, request_id="mine-1")
 
-    return asyncio.run(work())
+    return virtual_time.run(work())
 
 
 def test_a_generation_is_a_span(exporter, provider):
@@ -101,7 +101,7 @@ def test_a_refused_turn_is_no_loss(exporter, provider):
             with pytest.raises(InvalidRequestError):
                 await session.generate(PROMPT, PARAMS)
 
-    asyncio.run(work())
+    virtual_time.run(work())
     _, refused = exporter.get_finished_spans()
     assert refused.attributes["specpair.status"] == "INVALID_ARGUMENT"
     assert not [event for event in refused.events if event.name != "round"]
@@ -125,7 +125,7 @@ def test_a_call_that_cannot_be_made_leaves_no_span():
             await target.verify(Start("x", PARAMS, request=Watched("mine-1")))
         await target.close()
 
-    asyncio.run(work())
+    virtual_time.run(work())
     assert asked == []
 
 
@@ -201,5 +201,5 @@ def test_an_untraced_generation_costs_nothing_in_a_round():
             client._contexts = Watched
             return await client.generate(PROMPT, PARAMS)
 
-    assert asyncio.run(work()).stats.rounds > 1
+    assert virtual_time.run(work()).stats.rounds > 1
     assert told == []

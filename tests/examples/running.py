@@ -30,13 +30,13 @@ def command(name, **options):
     return [sys.executable, *words[1:]]
 
 
-def run(name, *more, stdin="", expect=0, **options):
-    """What an example prints, on both streams, with more arguments than its command has."""
+def run(name, *more, stdin="", expect=(0,), **options):
+    """What an example prints, on both streams, with more arguments than its command has, and how it ends."""
     return finished([*command(name, **options), *more], stdin=stdin, expect=expect)
 
 
-def finished(words, *, stdin="", expect=0):
-    """What a command prints, on both streams, in the directory that readers start it in."""
+def finished(words, *, stdin="", expect=(0,)):
+    """What a command prints, on both streams, in the directory that readers start it in; one of `expect` is its end."""
     done = subprocess.run(
         words,
         input=stdin,
@@ -47,7 +47,7 @@ def finished(words, *, stdin="", expect=0):
         env=environment(),
         check=False,
     )
-    assert done.returncode == expect, done.stderr
+    assert done.returncode in expect, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
 

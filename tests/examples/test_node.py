@@ -31,7 +31,7 @@ installed = pytest.mark.skipif(
 )
 
 
-def node(*arguments, expect=0):
+def node(*arguments, expect=(0,)):
     """What the command prints, on both streams."""
     words = ["node", NODE / "generate.mjs", PROMPT, f"--max-new-tokens={TOKENS}", *arguments]
     return finished(words, expect=expect)
@@ -111,7 +111,7 @@ def test_no_token_in_plain_text(tmp_path):
     """Where there is no TLS a token stays on this machine."""
     (tmp_path / "token").write_text(TARGET_TOKEN)
     arguments = ["--target=192.0.2.1:50051", "--draft=ngram", f"--token-file={tmp_path / 'token'}"]
-    output, said = node(*arguments, expect=1)
+    output, said = node(*arguments, expect=(1,))
     assert (output, said) == ("", "error: the token would go to 192.0.2.1:50051 in plain text: give a CA\n")
 
 
@@ -129,7 +129,7 @@ def test_secured(secured, tmp_path):
     output, said = node("--json", *addresses, *files, f"--token-file={tmp_path / 'right'}")
     same(output, result)
     assert said.startswith("prompt lookup alone: 16 UNAUTHENTICATED")
-    output, said = node("--json", *addresses, *files, f"--token-file={tmp_path / 'wrong'}", expect=1)
+    output, said = node("--json", *addresses, *files, f"--token-file={tmp_path / 'wrong'}", expect=(1,))
     assert (output, said) == ("", "error: 16 UNAUTHENTICATED: a valid bearer token is required\n")
 
 

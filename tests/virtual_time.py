@@ -1,0 +1,51 @@
+"""An event loop whose time passes only while all of its tasks wait, and then at once.
+
+So a time limit is reached if, and only if, what it limits waits for longer or for ever, however busy the machine is;
+and a test takes as long as its work. For what stays in one process and one thread: to wait for a socket or another
+thread takes no time of this loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["VirtualTimeLoop", "run"]
+
+T = TypeVar("T")
+
+
+class _Leaping(selectors.DefaultSelector):
+    """Waits for nobody: what would have been waited has passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready:
+            return ready
+        if timeout is None:
+            raise RuntimeError("every task waits, and none of them for a time: this would hang for ever")
+        self.passed += max(timeout, 0.0)
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._leaping = _Leaping()
+        super().__init__(self._leaping)
+
+    def time(self) -> float:
+        return self._leaping.passed
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(work)
