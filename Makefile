@@ -18,11 +18,11 @@ venv: .venv/.installed  ## Create .venv with everything installed.
 demo: .venv/.installed  ## Watch a draft and a target service generate text together.
 	$(BIN)/specpair demo
 
-test: .venv/.installed  ## Run the tests; ARGS='-k health' narrows them.
+test: .venv/.installed  ## Run the tests, two files at a time; ARGS='-k health' narrows them, ARGS='-n 0' is one at a time.
 	@if ! command -v npm > /dev/null; then echo 'npm is missing: tests with buf, and of examples/node, are skipped'; \
 	elif ! $(MAKE) --silent node_modules/.installed examples/node/node_modules/.installed; \
 	then echo 'npm failed: tests with buf, and of examples/node, are skipped'; fi
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 coverage: .venv/.installed  ## Run the tests and see what of client, gateway, sampling and serving they reach.
 	$(MAKE) test ARGS='--cov --cov-report=term:skip-covered --cov-report=html $(ARGS)'

@@ -121,7 +121,7 @@ class Service:
         stub = draft_pb2_grpc.DraftServiceStub(self.channel)
         return stub.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest(), timeout=_CALL).info
 
-    def wait_until_free(self, within=2.0):
+    def wait_until_free(self, within=10.0):
         """Waits until no slot is in use."""
         wait_for(lambda: self.info().slots_in_use == 0, within, f"every slot of {self.role} free")
 

@@ -119,7 +119,7 @@ class TestLostUnderWay:
                 check_lost(again, "no proposal within")
                 assert again.stats.proposing_seconds < 0.5, "nobody waits for it a second time"
                 draft.send(signal.SIGCONT)
-                draft.wait_until_free(10)
+                draft.wait_until_free()
                 async with asyncio.timeout(_BACK):
                     while True:
                         recovered = await client.generate(prompt, PARAMS)
@@ -310,7 +310,7 @@ class TestBackUnderWay:
         for params, result in zip(every, results, strict=True):
             assert result.token_ids == expected[params]
             assert result.stats.proposing_seconds < 1.0 + 1.0
-        draft.wait_until_free(10)
+        draft.wait_until_free()
 
 
 class TestNotThere:

@@ -100,7 +100,7 @@ def test_retries_that_give_up(replica, target, draft):
         session.generate("import sys", SamplingParams(max_new_tokens=4))
         # Its last try may be refused, or still be on its way when the time is over.
         _, said = run("retries", within=1.5, expect=(3, 4), **addresses)
-        assert "full (KV_SLOTS_EXHAUSTED): again in 0.5 s" in said
+        assert said.startswith("full (KV_SLOTS_EXHAUSTED): again in 0.")
         assert "\nstill full: KV_SLOTS_EXHAUSTED" in said or "\nout of time: " in said
     with socket.socket() as reserved:  # bound, but not listening
         reserved.bind(("127.0.0.1", 0))
