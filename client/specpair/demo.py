@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -101,12 +102,11 @@ def run(options: Options) -> None:
     """
     models = _find_models(options.models)
     examples = _read_prompts(models / "prompts.json")
-    signal.signal(signal.SIGTERM, _terminated)
     flags = [*_common_flags(options), "--log-format", "console"]
     target_flags = ["--model", str(models / "target"), *flags]
     # A draft's numbers are advice, and on a CPU fp32 computes a step of a small model faster than bf16.
     draft_flags = ["--model", str(models / "draft"), *flags, *([] if options.dtype else ["--dtype", "fp32"])]
-    with started(target_flags, draft_flags) as (target, draft):
+    with _interrupted_by_sigterm(), started(target_flags, draft_flags) as (target, draft):
         asyncio.run(_demonstrate(options, examples, target, draft))
 
 
@@ -225,6 +225,25 @@ def _read_prompts(path: Path) -> list[Example]:
     return examples
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack like Ctrl-C does, so that the services are stopped."""
-    sys.exit(128 + signum)
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, so that calls and services are ended; the exit code is its own."""
+    came = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        # An event loop has put a handler of its own there, which cancels what it runs: to raise in its midst would not.
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not came:
+            raise
+        sys.exit(128 + signal.SIGTERM)

@@ -65,7 +65,7 @@ def tokenized(prompt: object) -> list[int]:
 
 @dataclass
 class FakeTime:
-    """Time that passes while somebody waits, and not otherwise; without jitter. With `real`, the loop's time passes too."""
+    """Time that passes while somebody waits, and not otherwise; without jitter. If `real`, so does the loop's time."""
 
     now: float = 0.0
     waits: list[float] = field(default_factory=list)

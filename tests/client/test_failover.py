@@ -17,6 +17,7 @@ from specpair.errors import DraftMismatchError, InternalError, InvalidRequestErr
 from specpair.messages import DraftStarted, Phase
 
 from .. import virtual_time
+from . import flaky
 from .fakes import FINGERPRINT, VOCABULARY, FakeTarget, continuation, perfect
 from .flaky import FlakyDraft
 
@@ -52,11 +53,11 @@ def params(count=60, seed=0):
     return SamplingParams(max_new_tokens=count, seed=seed)
 
 
-def run(work):
+def run(work, within=30):
     """Runs a coroutine to its end, and checks that it leaves no task."""
 
     async def bounded():
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(within):
             result = await work()
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return result
@@ -142,6 +143,39 @@ def test_back_in_the_middle_of_a_turn(behaviour, chain, quick, caplog):
     sources = [token.source for token in result.tokens]
     assert Source.MODEL in sources[-10:]
     assert [record.levelname for record in caplog.records if record.name == "specpair"] == ["WARNING", "INFO"]
+
+
+@pytest.mark.parametrize("away", [0.05, 0.3, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("behaviour", ["killed", "hung"])
+def test_back_within_two_seconds(behaviour, away, monkeypatch):
+    """However long a service was away, no more than two seconds pass from when it is back until it is used again."""
+    monkeypatch.setattr(flaky, "_TICK", 0.01)
+    draft = FlakyDraft()
+
+    async def work():
+        loop, back = asyncio.get_running_loop(), []
+
+        def wake():
+            draft.wake()
+            back.append(loop.time())
+
+        target = FakeTarget(delay=0.1, max_length=20_000)
+        options = {"draft_timeout": 1.0, "lookup": False}
+        async with client(draft, target, **options) as opened, opened.stream(PROMPT, params(10_000)) as stream:
+            chunks = 0
+            async for chunk in stream:
+                chunks += 1
+                if chunks == 3:
+                    draft.kill() if behaviour == "killed" else draft.hang()
+                    loop.call_later(away, wake)
+                if back and Source.MODEL in {token.source for token in chunk.tokens}:
+                    return loop.time() - back[0], stream.stats.draft_losses
+        raise AssertionError("it was not used again")
+
+    waited, losses = run(work, within=2 * away + 30)
+    # A pause shorter than a round may is none.
+    assert losses == (behaviour == "killed" or away >= 1.0)
+    assert waited < 2.0
 
 
 def test_nobody_waits_for_a_trial(quick):
