@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -60,10 +61,14 @@ class Fault:
 
     def __init__(self, monkeypatch, runner, *, error=None, value=None, since=BEYOND):
         self.on, self.struck = True, 0
+        self.may = threading.Event()
+        self.may.set()
         logits, prefill = runner.logits, runner.prefill
 
         def stepping(first_slot, token_ids, starts, length):
             rows = [row for row, at in enumerate(starts.tolist()) if since <= at < runner.parking and self.on]
+            if rows:
+                assert self.may.wait(served.WITHIN)
             self.struck += len(rows)
             if rows and error is not None:
                 raise error
@@ -75,6 +80,7 @@ class Fault:
 
         def prefilling(slot, token_ids, start):
             if self.on and error is not None and start >= since:
+                assert self.may.wait(served.WITHIN)
                 self.struck += 1
                 raise error
             return prefill(slot, token_ids, start)
@@ -118,7 +124,9 @@ def test_a_fault_ends_one_session_alone(servicer, monkeypatch, fault, expected, 
                 if way == "generate":
                     call = stub.Generate(target_pb2.GenerateRequest(prompt=prompt(VICTIM)))
                 else:
+                    struck.may.clear()
                     call = await opened(stub, VICTIM, *(block(len(VICTIM) + number) for number in range(8)))
+                    struck.may.set()
                 (error, _), *said = await asyncio.gather(failure(call), *(verified(stub, ids) for ids in OTHERS))
                 assert (type(error), error.reason) == expected
                 assert "CUDA" not in str(error)
@@ -138,10 +146,11 @@ def test_a_device_that_is_lost_ends_the_service(tiny, monkeypatch):
     lost.load(status)
 
     async def talk(stub):
-        call = await opened(stub, VICTIM)
         error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        Fault(monkeypatch, lost._engine.model.runner, error=error)
-        await call.write(block(len(VICTIM)))
+        fault = Fault(monkeypatch, lost._engine.model.runner, error=error)
+        fault.may.clear()
+        call = await opened(stub, VICTIM, block(len(VICTIM)))
+        fault.may.set()
         error, _ = await failure(call)
         assert isinstance(error, errors.UnavailableError)
         assert status.phase == common_pb2.PHASE_FAILED
