@@ -6,6 +6,7 @@ full, 4 the time ran out, 130 interrupted. Errors are one line on stderr: `error
 
 from __future__ import annotations
 
+import io
 import sys
 
 from specpair.errors import (
@@ -36,6 +37,10 @@ _EXIT_CODES: dict[type[SpecpairError], int] = {
 
 def main() -> None:
     """Runs the command and ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever a model says is written, escaped where the encoding of the stream has no character for it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from specpair.commands import app
 

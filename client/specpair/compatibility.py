@@ -60,6 +60,11 @@ class Pairing:
             # One for each who waits: a failure says whose it is.
             raise copy.copy(failed) from failed.__cause__
 
+    def fits(self, fingerprint: Fingerprint) -> None:
+        """Raises DraftMismatchError if who answers at the draft's address is not one that fits the target, any more."""
+        if self._known is not None and self._known.fingerprint is not None:
+            compare(self._known.fingerprint, fingerprint)
+
     async def renew(self) -> Agreement:
         """Asks the draft again, and the target if it has not said yet what it runs. Raises as `check`."""
         return await self._ask(self._known)

@@ -199,4 +199,4 @@ class SessionDraft:
     def _connect(self, pairing: Pairing, start: DraftStart, on_answer: Callable[[], None]) -> ModelDraft:
         """A session at the draft service, which is paced by all that is known, also from before it was lost."""
         pacer = self._knows.pacer(start.params) if self._length is None else FixedPacer(self._length)
-        return ModelDraft(pairing.draft, pacer, within=self._within, on_answer=on_answer)
+        return ModelDraft(pairing.draft, pacer, within=self._within, on_answer=on_answer, fits=pairing.fits)

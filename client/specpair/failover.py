@@ -217,6 +217,8 @@ class Link:
     def _own(self, failure: SpecpairError, permit: Permit, since: float) -> bool:
         """Whether a failure says nothing about the service's use to other sessions."""
         match failure:
+            case InvalidRequestError(field=str(field)) if field.startswith("start.token_ids["):
+                return False  # an id that the target knows and the draft does not: another draft than was compared
             case OverloadedError() | InvalidRequestError():
                 return True
             case UnavailableError(reason=transports.CLOSED | errors.SESSION_EXPIRED):

@@ -44,6 +44,8 @@ _OPTIONS = (
     # Servers answer pings more frequent than this with GOAWAY unless they are told otherwise.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # This is the time that a ping is waited for; the one above is that of bytes which nobody acknowledges.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
     # A service that was restarted is met again soon: gRPC's own waits grow to two minutes.

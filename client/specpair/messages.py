@@ -199,6 +199,7 @@ class DraftStarted:
 
     proposer: Source | None
     max_length: int
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from specpair.errors import ProtocolError
 from specpair.loop import Ask
-from specpair.messages import DraftAsk, DraftStart, DraftStarted, Proposal
+from specpair.messages import DraftAsk, DraftStart, DraftStarted, Fingerprint, Proposal
 from specpair.pacing import FixedPacer, Pacer, Round
 from specpair.results import Source
 from specpair.transports import DraftTransport, ProposeStream
@@ -76,7 +76,8 @@ class ModelDraft:
     what is still on its way then belongs to an earlier round, and is passed over.
 
     `propose` raises an exception of `specpair.errors` when the service fails or breaks the protocol; the session cannot
-    be used afterwards. `on_answer` is called with every message from the service that is of use.
+    be used afterwards. `on_answer` is called with every message from the service that is of use. `fits` raises
+    DraftMismatchError where the process that has started a turn means something else by its ids.
     """
 
     name = "model"
@@ -88,11 +89,13 @@ class ModelDraft:
         *,
         within: float | None = None,
         on_answer: Callable[[], None] = lambda: None,
+        fits: Callable[[Fingerprint], None] = lambda fingerprint: None,
     ) -> None:
         self._pacer = pacer
         self._transport = transport
         self._within = within
         self._on_answer = on_answer
+        self._fits = fits
         self._stream: ProposeStream | None = None
         self._start: DraftStart | None = None
         self._starting = 0
@@ -182,6 +185,8 @@ class ModelDraft:
                 if self._starting == 0:
                     raise ProtocolError("the draft started twice")
                 self._starting -= 1
+                if answer.fingerprint is not None:
+                    self._fits(answer.fingerprint)
             elif answer.round >= self._round:
                 break
         if self._starting:

@@ -43,6 +43,8 @@ __all__ = [
 
 # See https://no-color.org; here nothing else that a terminal would interpret is written then either.
 PLAIN = bool(os.environ.get("NO_COLOR"))
+# Characters of a line where nobody looks at a screen.
+_ENDLESS = 1_000_000
 
 
 class _Console(Console):
@@ -54,7 +56,7 @@ class _Console(Console):
 
 def console(*, error: bool = False, soft_wrap: bool = True) -> Console:
     """A console for stdout or stderr that shows text as it is."""
-    return _Console(
+    made = _Console(
         stderr=error,
         color_system=None if PLAIN else "auto",
         highlight=False,
@@ -62,6 +64,9 @@ def console(*, error: bool = False, soft_wrap: bool = True) -> Console:
         emoji=False,
         soft_wrap=soft_wrap,
     )
+    if soft_wrap and not made.is_terminal:  # a row of a table is a line, for whatever reads it
+        made.width = _ENDLESS
+    return made
 
 
 stdout = console()

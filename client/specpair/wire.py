@@ -206,7 +206,11 @@ def propose_response(response: draft_pb2.ProposeResponse) -> DraftStarted | Prop
     match response.WhichOneof("message"):
         case "started":
             started = response.started
-            return DraftStarted(proposer=_SOURCE_OF.get(started.proposer), max_length=started.max_length)
+            return DraftStarted(
+                proposer=_SOURCE_OF.get(started.proposer),
+                max_length=started.max_length,
+                fingerprint=_fingerprint(started.fingerprint) if started.HasField("fingerprint") else None,
+            )
         case "proposal":
             proposal = response.proposal
             return Proposal(

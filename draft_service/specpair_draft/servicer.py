@@ -17,8 +17,9 @@ from specpair_draft.config import DraftConfig
 from specpair_draft.engine import Engine
 from specpair_draft.metrics import DraftMetrics
 from specpair_draft.proposers import Proposer
+from specpair_runtime.models.serving_model import ServingModel
 from specpair_runtime.serving import Attended, Caller, ServiceStatus, annotate, annotate_at_end
-from specpair_runtime.wire import describe_model
+from specpair_runtime.wire import describe_model, fingerprint_message
 
 __all__ = ["DraftServicer"]
 
@@ -78,7 +79,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         turn = wire.read_turn(first.start, vocabulary)
         async with engine.proposer(first.start.proposer, Caller.of(context)) as proposer:
             annotate(session_id=first.start.session_id, source=common_pb2.Source.Name(proposer.source))
-            stream = _Stream(proposer, vocabulary, self._metrics)
+            stream = _Stream(proposer, engine.model, self._metrics)
             annotate_at_end(stream.fields)
             reading = asyncio.create_task(stream.read(turn, attended))
             try:
@@ -98,10 +99,11 @@ class _Stream:
     answers pile up that it does not read.
     """
 
-    def __init__(self, proposer: Proposer, vocabulary: int | None, metrics: DraftMetrics | None = None) -> None:
+    def __init__(self, proposer: Proposer, model: ServingModel | None, metrics: DraftMetrics | None = None) -> None:
         self._proposer = proposer
         self._metrics = metrics or DraftMetrics()
-        self._vocabulary = vocabulary
+        self._vocabulary = model.runner.vocabulary if model is not None else None
+        self._fingerprint = fingerprint_message(model) if model is not None else None
         self._answers: asyncio.Queue[draft_pb2.ProposeResponse | Exception | None] = asyncio.Queue()
         self._answered = asyncio.Event()
         # The ask that is being answered, and how many of its proposals are still to come.
@@ -162,7 +164,9 @@ class _Stream:
         self._messages += 1
         self._turns += 1
         self._proposer.begin(turn)
-        started = draft_pb2.ProposeStarted(proposer=self._proposer.source, max_length=self._proposer.max_length)
+        started = draft_pb2.ProposeStarted(
+            proposer=self._proposer.source, max_length=self._proposer.max_length, fingerprint=self._fingerprint
+        )
         self._answers.put_nowait(draft_pb2.ProposeResponse(started=started))
 
     def _take(self, round_: int, ask: Ask) -> None:

@@ -113,24 +113,14 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, field: str) -> None:
         return
     for index, id_ in enumerate(ids):
         if id_ >= vocabulary:
-            raise InvalidRequestError(
-                f"token id {id_} is outside the vocabulary of {vocabulary}", field=f"{field}[{index}]"
-            )
+            # Without the id itself: clients log why a draft was lost.
+            raise InvalidRequestError(f"is outside the vocabulary of {vocabulary}", field=f"{field}[{index}]")
 
 
 def describe_model(info: common_pb2.ModelInfo, model: ServingModel) -> None:
     """Writes what a loaded model is into a ModelInfo."""
     loaded, runner = model.loaded, model.runner
-    fingerprint = loaded.fingerprint
-    info.fingerprint.CopyFrom(
-        common_pb2.Fingerprint(
-            vocabulary_size=fingerprint.vocabulary_size,
-            vocabulary_sha256=fingerprint.vocabulary_sha256,
-            special_tokens_sha256=fingerprint.special_tokens_sha256,
-            eos_token_ids=fingerprint.eos_token_ids,
-            chat_template_sha256=fingerprint.chat_template_sha256,
-        )
-    )
+    info.fingerprint.CopyFrom(fingerprint_message(model))
     info.architecture = type(loaded.model).__name__
     info.parameters = loaded.parameters
     info.device = str(runner.device)
@@ -139,8 +129,20 @@ def describe_model(info: common_pb2.ModelInfo, model: ServingModel) -> None:
     info.compiled = runner.compiled
     info.max_length = runner.max_length
     info.recompilations = model.recompilations.count
-    info.chat = bool(fingerprint.chat_template_sha256)
+    info.chat = bool(loaded.fingerprint.chat_template_sha256)
     info.parallel = model.processes
+
+
+def fingerprint_message(model: ServingModel) -> common_pb2.Fingerprint:
+    """What the ids of a loaded model mean."""
+    fingerprint = model.loaded.fingerprint
+    return common_pb2.Fingerprint(
+        vocabulary_size=fingerprint.vocabulary_size,
+        vocabulary_sha256=fingerprint.vocabulary_sha256,
+        special_tokens_sha256=fingerprint.special_tokens_sha256,
+        eos_token_ids=fingerprint.eos_token_ids,
+        chat_template_sha256=fingerprint.chat_template_sha256,
+    )
 
 
 def _signed(seed: int) -> int:

@@ -108,7 +108,7 @@ class FlakyStream:
         if isinstance(message, DraftStart):
             self.starts.append(message)
             self.log, self.seed = list(message.token_ids), message.params.seed or 0
-            self.answers.append(DraftStarted(Source.MODEL, 0))
+            self.answers.append(DraftStarted(Source.MODEL, 0, self.service.fingerprint))
             return
         assert len(self.starts[-1].token_ids) <= message.from_position <= len(self.log)
         self.service.asks.append(message)

@@ -18,6 +18,7 @@ from specpair.messages import (
     DraftStarted,
     Explain,
     Extend,
+    Fingerprint,
     Phase,
     Proposal,
     SparseDistribution,
@@ -250,6 +251,9 @@ def test_responses():
     )
     answer = draft_pb2.ProposeStarted(proposer=common_pb2.SOURCE_MODEL, max_length=8)
     assert wire.propose_response(draft_pb2.ProposeResponse(started=answer)) == DraftStarted(Source.MODEL, 8)
+    answer.fingerprint.vocabulary_size = 9
+    started = wire.propose_response(draft_pb2.ProposeResponse(started=answer))
+    assert started == DraftStarted(Source.MODEL, 8, Fingerprint(9))
 
 
 @pytest.mark.parametrize(

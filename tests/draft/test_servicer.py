@@ -8,7 +8,7 @@ import threading
 import grpc
 import pytest
 
-from specpair.v1 import common_pb2
+from specpair.v1 import common_pb2, draft_pb2
 from specpair_draft.asks import Proposal, Timed, Turn
 from specpair_draft.servicer import _Stream
 
@@ -136,6 +136,24 @@ def test_a_turn_on_the_same_stream(servicer):
         assert said[-1].token_ids == expected.token_ids
         call.cancel()
         fresh.cancel()
+
+    conversation(servicer, talk)
+
+
+@pytest.mark.parametrize("source", [common_pb2.SOURCE_MODEL, common_pb2.SOURCE_NGRAM])
+def test_every_turn_says_whose_ids_these_are(servicer, source):
+    """The fingerprint of ModelInfo, from the process that answers, in a session's first turn and in later ones."""
+
+    async def talk(stub):
+        info = (await stub.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest())).info
+        call = stub.Propose()
+        for _ in range(2):
+            await call.write(start(proposer=source))
+            started = (await call.read()).started
+            assert started.proposer == source
+            assert started.fingerprint == info.fingerprint
+            assert started.fingerprint.vocabulary_size > 0
+        call.cancel()
 
     conversation(servicer, talk)
 

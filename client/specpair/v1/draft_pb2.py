@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from specpair.v1 import common_pb2 as specpair_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17specpair/v1/draft.proto\x12\x0bspecpair.v1\x1a\x18specpair/v1/common.proto\"!\n\x1f\x44raftServiceGetModelInfoRequest\"H\n DraftServiceGetModelInfoResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.specpair.v1.ModelInfo\"o\n\x0eProposeRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.specpair.v1.ProposeStartH\x00\x12&\n\x03\x61sk\x18\x02 \x01(\x0b\x32\x17.specpair.v1.ProposeAskH\x00\x42\t\n\x07message\"w\n\x0fProposeResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.specpair.v1.ProposeStartedH\x00\x12)\n\x08proposal\x18\x02 \x01(\x0b\x32\x15.specpair.v1.ProposalH\x00\x42\t\n\x07message\"\xbf\x01\n\x0cProposeStart\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\x08sampling\x18\x02 \x01(\x0b\x32\x1b.specpair.v1.SamplingParams\x12%\n\x08proposer\x18\x03 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nsession_id\x18\x04 \x01(\t\x12\x1a\n\rprompt_length\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_prompt_lengthJ\x04\x08\x05\x10\x06\"K\n\x0eProposeStarted\x12%\n\x08proposer\x18\x01 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nmax_length\x18\x02 \x01(\r\"\x84\x01\n\nProposeAsk\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x15\n\rfrom_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x11\n\tproposals\x18\x05 \x01(\r\x12\x16\n\x0emin_confidence\x18\x06 \x01(\x02\"\xe3\x01\n\x08Proposal\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x61se_length\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x0b\x64raft_probs\x18\x04 \x03(\x0b\x32\x1f.specpair.v1.SparseDistribution\x12#\n\x06source\x18\x05 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nconfidence\x18\x06 \x03(\x02\x12\x10\n\x08queue_us\x18\x07 \x01(\x04\x12\x10\n\x08\x64raft_us\x18\x08 \x01(\x04\x12\r\n\x05index\x18\t \x01(\r2\xc5\x01\n\x0c\x44raftService\x12k\n\x0cGetModelInfo\x12,.specpair.v1.DraftServiceGetModelInfoRequest\x1a-.specpair.v1.DraftServiceGetModelInfoResponse\x12H\n\x07Propose\x12\x1b.specpair.v1.ProposeRequest\x1a\x1c.specpair.v1.ProposeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17specpair/v1/draft.proto\x12\x0bspecpair.v1\x1a\x18specpair/v1/common.proto\"!\n\x1f\x44raftServiceGetModelInfoRequest\"H\n DraftServiceGetModelInfoResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.specpair.v1.ModelInfo\"o\n\x0eProposeRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.specpair.v1.ProposeStartH\x00\x12&\n\x03\x61sk\x18\x02 \x01(\x0b\x32\x17.specpair.v1.ProposeAskH\x00\x42\t\n\x07message\"w\n\x0fProposeResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.specpair.v1.ProposeStartedH\x00\x12)\n\x08proposal\x18\x02 \x01(\x0b\x32\x15.specpair.v1.ProposalH\x00\x42\t\n\x07message\"\xbf\x01\n\x0cProposeStart\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\x08sampling\x18\x02 \x01(\x0b\x32\x1b.specpair.v1.SamplingParams\x12%\n\x08proposer\x18\x03 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nsession_id\x18\x04 \x01(\t\x12\x1a\n\rprompt_length\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_prompt_lengthJ\x04\x08\x05\x10\x06\"z\n\x0eProposeStarted\x12%\n\x08proposer\x18\x01 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nmax_length\x18\x02 \x01(\r\x12-\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x18.specpair.v1.Fingerprint\"\x84\x01\n\nProposeAsk\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x15\n\rfrom_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x11\n\tproposals\x18\x05 \x01(\r\x12\x16\n\x0emin_confidence\x18\x06 \x01(\x02\"\xe3\x01\n\x08Proposal\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x61se_length\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x0b\x64raft_probs\x18\x04 \x03(\x0b\x32\x1f.specpair.v1.SparseDistribution\x12#\n\x06source\x18\x05 \x01(\x0e\x32\x13.specpair.v1.Source\x12\x12\n\nconfidence\x18\x06 \x03(\x02\x12\x10\n\x08queue_us\x18\x07 \x01(\x04\x12\x10\n\x08\x64raft_us\x18\x08 \x01(\x04\x12\r\n\x05index\x18\t \x01(\r2\xc5\x01\n\x0c\x44raftService\x12k\n\x0cGetModelInfo\x12,.specpair.v1.DraftServiceGetModelInfoRequest\x1a-.specpair.v1.DraftServiceGetModelInfoResponse\x12H\n\x07Propose\x12\x1b.specpair.v1.ProposeRequest\x1a\x1c.specpair.v1.ProposeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,11 +43,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROPOSESTART']._serialized_start=410
   _globals['_PROPOSESTART']._serialized_end=601
   _globals['_PROPOSESTARTED']._serialized_start=603
-  _globals['_PROPOSESTARTED']._serialized_end=678
-  _globals['_PROPOSEASK']._serialized_start=681
-  _globals['_PROPOSEASK']._serialized_end=813
-  _globals['_PROPOSAL']._serialized_start=816
-  _globals['_PROPOSAL']._serialized_end=1043
-  _globals['_DRAFTSERVICE']._serialized_start=1046
-  _globals['_DRAFTSERVICE']._serialized_end=1243
+  _globals['_PROPOSESTARTED']._serialized_end=725
+  _globals['_PROPOSEASK']._serialized_start=728
+  _globals['_PROPOSEASK']._serialized_end=860
+  _globals['_PROPOSAL']._serialized_start=863
+  _globals['_PROPOSAL']._serialized_end=1090
+  _globals['_DRAFTSERVICE']._serialized_start=1093
+  _globals['_DRAFTSERVICE']._serialized_end=1290
 # @@protoc_insertion_point(module_scope)

@@ -158,19 +158,27 @@ class ProposeStarted(_message.Message):
 
     PROPOSER_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     proposer: _common_pb2.Source.ValueType
     """Who will propose."""
     max_length: _builtins.int
     """KV cache positions of the slot; nothing is proposed beyond them. 0: no limit."""
+    @_builtins.property
+    def fingerprint(self) -> _common_pb2.Fingerprint:
+        """What the ids of the process that answers mean, which need not be the one that was asked for its ModelInfo. Unset
+        without a model.
+        """
+
     def __init__(
         self,
         *,
         proposer: _common_pb2.Source.ValueType = ...,
         max_length: _builtins.int = ...,
+        fingerprint: _common_pb2.Fingerprint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_length", b"max_length", "proposer", b"proposer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "max_length", b"max_length", "proposer", b"proposer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

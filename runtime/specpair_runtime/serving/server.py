@@ -43,6 +43,11 @@ _OPTIONS = (
     # Clients ping every 60 s to keep idle sessions alive through proxies. The default answers that with GOAWAY.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # A machine that is gone closes nothing: whose client does not answer either has its calls ended, its slot free.
+    ("grpc.keepalive_time_ms", 60_000),
+    # Bytes that nobody acknowledges are waited for so long, and pings that nobody answers.
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
 )
 
 # Seconds between NOT_SERVING and the goodbye on every connection. gRPC cancels a call that crosses a goodbye, and that
