@@ -104,6 +104,24 @@ def test_the_company_does_not_matter(case, expected):
             assert torch.equal(kv(runner, slot), expected[1])
 
 
+@torch.inference_mode()
+def test_what_was_in_the_slot_does_not_matter(case, expected):
+    """Not even numbers that are none, which masked positions would pass on: a slot begins with zeros.
+
+    The session is begun by a prefill, and by a block at position 0; whatever is in the slots beside it stays theirs.
+    """
+    runner, width = case
+    for layer in runner._cache.layers:
+        layer.keys[:].fill_(float("nan"))
+        layer.values[:].fill_(float("inf"))
+    assert torch.equal(decode(runner, width, slot=3), expected[0])
+    runner._cache.layers[0].keys[3].fill_(float("nan"))
+    first = torch.tensor([IDS[:width]])
+    assert runner.logits(3, first, torch.tensor([0]), runner.bucket(0, width)).isfinite().all()
+    for slot in range(SLOTS):
+        runner._cache.clear(slot)
+
+
 @pytest.fixture(scope="module")
 def bare(tiny):
     """A function that makes runners that nothing was loaded or compiled for."""

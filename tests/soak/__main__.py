@@ -38,6 +38,7 @@ def main() -> None:
     """Does what the arguments say."""
     parser = argparse.ArgumentParser(prog="make soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the first part; 0 leaves it out")
+    parser.add_argument("--result", type=Path, default=_RESULTS, help="where the figures go")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between two kills")
     parser.add_argument("--clients", type=int, default=8, help="clients of the pair that is killed")
     parser.add_argument(
@@ -47,7 +48,7 @@ def main() -> None:
     failed = []
     if arguments.seconds:
         outcome = _soak(Plan(arguments.seconds, arguments.interval, arguments.clients))
-        _write(outcome)
+        _write(outcome, arguments.result)
         _show(outcome)
         failed += outcome.faults()
     if arguments.scale:
@@ -75,9 +76,9 @@ def _soak(plan: Plan) -> Outcome:
                 service.stop()
 
 
-def _write(outcome: Outcome) -> None:
-    _RESULTS.write_text(json.dumps(outcome.summary(), indent=2) + "\n")
-    print(f"written: {_RESULTS.relative_to(_ROOT)}")
+def _write(outcome: Outcome, result: Path) -> None:
+    result.write_text(json.dumps(outcome.summary(), indent=2) + "\n")
+    print(f"written: {result}")
 
 
 def _show(outcome: Outcome) -> None:

@@ -76,15 +76,20 @@ class Victim:
 
 
 class Chaos:
-    """Kills target and draft in turn, once in `interval` seconds, with a lesser accident between every two kills.
+    """Kills target and draft in turn, one every `interval` seconds by the clock, with a lesser accident in between.
 
-    Whatever takes longer, as the start of a service may, delays the next one. `events` counts those that are over.
+    While the one whose turn it is has not come back from its last death, the other one is killed in its place. `events`
+    counts what has happened, a kill when the service is back, and under `NOBODY` the moments at which neither was there
+    to be killed.
     """
+
+    NOBODY = "both starting"
 
     def __init__(self, target: Victim, draft: Victim, interval: float) -> None:
         self.events: Counter[str] = Counter()
         self._interval = interval
-        self._kills = itertools.cycle(zip(_KILLS, (target.kill, draft.kill), strict=True))
+        self._victims = dict(zip(_KILLS, (target, draft), strict=True))
+        self._starting: dict[str, asyncio.Task[None]] = {}
         self._accidents: Iterator[tuple[str, Callable[[], None]]] = itertools.cycle(
             [
                 ("cut target", target.proxy.cut),
@@ -104,11 +109,39 @@ class Chaos:
 
     async def rage(self) -> None:
         """Until it is cancelled; what has begun is brought to its end."""
-        for kill, accident in zip(self._kills, self._accidents, strict=False):
-            for name, act in (kill, accident):
-                await asyncio.sleep(self._interval / 2)
-                await _to_its_end(asyncio.to_thread(act))
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        disturbing = asyncio.create_task(self._disturb())
+        try:
+            for number in itertools.count(1):
+                await asyncio.sleep(begin + number * self._interval - loop.time())
+                self._kill_one(_KILLS[number % 2 - 1], _KILLS[number % 2])
+        finally:
+            disturbing.cancel()
+            ended = await asyncio.gather(disturbing, *self._starting.values(), return_exceptions=True)
+            for failure in ended:
+                if isinstance(failure, Exception):
+                    raise failure
+
+    def _kill_one(self, *names: str) -> None:
+        """The first of them that lives."""
+        for name, starting in list(self._starting.items()):
+            if starting.done():
+                starting.result()
+                del self._starting[name]
                 self.events[name] += 1
+        name = next((name for name in names if name not in self._starting), None)
+        if name is None:
+            self.events[self.NOBODY] += 1
+        else:
+            self._starting[name] = asyncio.create_task(asyncio.to_thread(self._victims[name].kill))
+
+    async def _disturb(self) -> None:
+        await asyncio.sleep(self._interval / 2)
+        for name, act in self._accidents:
+            await _to_its_end(asyncio.to_thread(act))
+            self.events[name] += 1
+            await asyncio.sleep(self._interval)
 
 
 async def _to_its_end(work: Awaitable[None]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import importlib.metadata
 import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """As plain data."""
         return {
-            "seconds": self.plan.seconds,
-            "clients": self.plan.clients,
+            "version": importlib.metadata.version("specpair"),
+            "date": datetime.date.today().isoformat(),
+            **asdict(self.plan),
             "events": dict(self.events),
             "disturbed": self.disturbed.summary(),
             "steady": self.steady.summary(),

@@ -67,7 +67,8 @@ class Tally:
 
     def failed(self, error: BaseException) -> None:
         """A turn ended with an exception."""
-        self.errors[type(error).__name__] += 1
+        reason = getattr(error, "reason", "")
+        self.errors[f"{type(error).__name__} {reason}".rstrip()] += 1
         if not isinstance(error, SpecpairError):
             _keep(self.untyped, repr(error))
         elif not isinstance(error, _EXPECTED):
