@@ -130,7 +130,7 @@ def test_anything(subjects, subject, name):
     script = st.lists(one, max_size=6) if method.streams else st.tuples(one)
     before = subject.ask(subject.service)
 
-    @settings(max_examples=max(examples(60) // len(METHODS), 1), suppress_health_check=list(HealthCheck))
+    @settings(max_examples=-(-examples(60) // len(METHODS)), suppress_health_check=list(HealthCheck))
     @given(script)
     def check(messages):
         method.send(subjects, *messages)
