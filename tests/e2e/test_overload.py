@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import grpc
 
@@ -14,7 +15,7 @@ from .sessions import ids_prompt, target_stub
 
 CLIENTS = 100
 SLOTS = 4
-PARAMS = SamplingParams(max_new_tokens=4)
+PARAMS = [SamplingParams(max_new_tokens=4), SamplingParams(max_new_tokens=4, temperature=0.9, seed=3)]
 # Seconds within which each client is done that comes back when it is told to.
 BOUND = 120.0
 # A client that takes a few kilobytes that its caller has not read, and no more.
@@ -23,25 +24,26 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096
 
 def test_a_hundred_clients(fp32, prompts):
     """All at once on 4 slots: each finishes with the same tokens, at once or by coming back as it was told."""
-    prompt = prompts[5]
+    jobs = list(itertools.product(prompts[4:7], PARAMS))
     refusals = []
 
-    async def persist(addresses):
+    async def persist(addresses, prompt, params):
         async with SpeculativeClient(*addresses) as client:
             while True:
                 try:
-                    return (await client.generate(prompt, PARAMS, timeout=BOUND)).token_ids
+                    return (await client.generate(prompt, params, timeout=BOUND)).token_ids
                 except OverloadedError as refused:
                     refusals.append((refused.reason, refused.retry_after))
                     await asyncio.sleep(refused.retry_after or 0.0)
 
     async def check():
         async with SpeculativeClient(*fp32("none")) as client:
-            expected = (await client.generate(prompt, PARAMS)).token_ids
+            expected = [(await client.generate(*job)).token_ids for job in jobs]
         async with asyncio.timeout(BOUND):
             kinds = ["model", "ngram", "none"]
-            outputs = await asyncio.gather(*(persist(fp32(kinds[n % len(kinds)])) for n in range(CLIENTS)))
-        assert set(outputs) == {expected}
+            asked = [(fp32(kinds[n % len(kinds)]), *jobs[n // len(kinds) % len(jobs)]) for n in range(CLIENTS)]
+            outputs = await asyncio.gather(*(persist(*one) for one in asked))
+        assert outputs == [expected[n // len(kinds) % len(jobs)] for n in range(CLIENTS)]
 
     assert fp32.target.info().slots == SLOTS
     run(check())
