@@ -61,7 +61,7 @@ class TcpProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         # Bound and never listening: it keeps the port while nothing listens there.
-        self._place = _bound(0)
+        self._place = bound(0)
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], _Connection] = {}
         self._chance = random.Random(port)
@@ -147,7 +147,7 @@ class TcpProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            place = _bound(self._place.getsockname()[1])
+            place = bound(self._place.getsockname()[1])
             self._server = await asyncio.start_server(self._connected, sock=place)
 
     async def _stop_listening(self) -> None:
@@ -256,7 +256,7 @@ class _Connection:
         return passed + min(len(data), left)
 
 
-def _bound(port: int) -> socket.socket:
+def bound(port: int) -> socket.socket:
     """A socket that does not listen yet, on a port that others of this kind may have too."""
     place = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

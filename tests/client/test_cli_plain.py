@@ -81,6 +81,17 @@ def test_a_terminal_gets_colours_and_the_same_text(address):
     assert (code, plain) == (0, "".join(map(text_of, continuation(PROMPT_IDS, 30))) + "\r\n")
 
 
+@pytest.mark.parametrize("columns", ["40", "120"])
+def test_a_verdict_is_a_line_where_there_is_no_terminal(address, columns):
+    """However narrow the surroundings say that a terminal is: a heading, a rule and a line per position."""
+    done = command(*commands(address)["explain"], COLUMNS=columns)
+    assert (done.returncode, done.stderr) == (0, "")
+    heading, rule, *verdicts = [line for line in done.stdout.splitlines() if line.strip()]
+    assert heading.split()[0] == "at"
+    assert not rule.strip("─ ")
+    assert [line.split()[0] for line in verdicts] == [str(len(PROMPT) + row) for row in range(3)]
+
+
 def test_exit_codes_are_the_same_on_a_terminal(address):
     """2 for what is wrong, 3 for what cannot be reached, and no traceback."""
     assert on_a_terminal("generate", "x", f"--target={address}", "--draft=none", "--top-k=-1")[0] == 2
@@ -142,3 +153,18 @@ def test_a_pipe_gets_every_character():
     with serving(HostileServicer()) as address:
         done = command("generate", PROMPT, "--target", address, "--draft", "none")
     assert done.stdout == HOSTILE + "\n"
+
+
+@pytest.mark.parametrize("prompt", ["x = 'é", "full"])
+@pytest.mark.parametrize("name", ["generate", "explain", "info"])
+def test_an_encoding_without_the_characters(name, prompt):
+    """They are written as escapes, by every command and on both streams, and nothing fails for want of them."""
+    with serving(HostileServicer()) as address:
+        asked = {"generate": [prompt, "--draft=none"], "explain": [prompt, "--proposal=é"], "info": ["--draft=none"]}
+        arguments = [name, f"--target={address}", *asked[name]]
+        usual, done = (command(*arguments, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
+    assert done.returncode == usual.returncode
+    assert done.stderr == usual.stderr.encode("ascii", "backslashreplace").decode()
+    assert (usual.stdout + usual.stderr).isascii() is False
+    if name == "generate":  # lines of tables have other characters in ASCII
+        assert done.stdout == usual.stdout.encode("ascii", "backslashreplace").decode()

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specpair import SamplingParams, Source, SpeculativeClient, breaker, failover, recovery
-from specpair.errors import DraftMismatchError, InternalError, InvalidRequestError, UnavailableError
+from specpair.errors import DeadlineError, DraftMismatchError, InternalError, InvalidRequestError, UnavailableError
 from specpair.messages import DraftStarted, Phase
 
 from .. import virtual_time
@@ -145,12 +146,27 @@ def test_back_in_the_middle_of_a_turn(behaviour, chain, quick, caplog):
     assert [record.levelname for record in caplog.records if record.name == "specpair"] == ["WARNING", "INFO"]
 
 
-@pytest.mark.parametrize("away", [0.05, 0.3, 1.0, 10.0, 100.0])
-@pytest.mark.parametrize("behaviour", ["killed", "hung"])
+class CutOff(FlakyDraft):
+    """While it hangs, everything that it is asked is lost on the way, and never answered."""
+
+    async def answering(self, within):
+        if self.state == "hung":
+            await asyncio.sleep(math.inf if within is None else within)
+            raise DeadlineError("no answer")
+        await super().answering(within)
+
+    def wake(self):
+        super().wake()
+        for stream in self.streams:
+            stream.answers.clear()
+
+
+@pytest.mark.parametrize("away", [0.05, 0.3, 1.0, 1.8, 2.1, 2.4, 10.0, 100.0])
+@pytest.mark.parametrize("behaviour", ["killed", "hung", "cut off"])
 def test_back_within_two_seconds(behaviour, away, monkeypatch):
     """However long a service was away, no more than two seconds pass from when it is back until it is used again."""
     monkeypatch.setattr(flaky, "_TICK", 0.01)
-    draft = FlakyDraft()
+    draft = CutOff() if behaviour == "cut off" else FlakyDraft()
 
     async def work():
         loop, back = asyncio.get_running_loop(), []
@@ -174,7 +190,7 @@ def test_back_within_two_seconds(behaviour, away, monkeypatch):
 
     waited, losses = run(work, within=2 * away + 30)
     # A pause shorter than a round may is none.
-    assert losses == (behaviour == "killed" or away >= 1.0)
+    assert losses == (behaviour != "hung" or away >= 1.0)
     assert waited < 2.0
 
 
@@ -454,6 +470,51 @@ def test_the_retry_hint_is_kept():
     assert 2 <= streams <= 1 + result.stats.seconds / 0.1
 
 
+@dataclass
+class Noting(FlakyDraft):
+    """Notes when sessions come."""
+
+    came: list[float] = field(default_factory=list)
+
+    async def propose(self, start, within=None):
+        self.came.append(asyncio.get_running_loop().time())
+        return await super().propose(start, within)
+
+
+def waits_until(times, draft):
+    """Seconds between a generation's sessions at a draft that is of no use, until there were so many."""
+
+    async def work():
+        target = FakeTarget(delay=0.05, max_length=20_000)
+        async with client(draft, target, lookup=False) as opened, opened.stream(PROMPT, params(19_000)) as stream:
+            async for _ in stream:
+                if len(draft.came) >= times:
+                    return [later - one for one, later in pairwise(draft.came)]
+        raise AssertionError(f"no more than {len(draft.came)} sessions")
+
+    return run(work, within=1000)
+
+
+# Seconds by which something is noticed later than it happened: rounds without a look at the service.
+LOOK = 0.5
+
+
+def test_a_service_of_no_use_is_tried_after_the_documented_times():
+    """At once after the first loss, but for the question for its health; then after half a second and a quarter more or
+    less, doubled with every trial that fails, up to half a minute."""
+    first, *waits = waits_until(10, Noting(falsified(round=1)))
+    assert 0.2 <= first < 0.2 + LOOK
+    for wait, expected in zip(waits, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0], strict=True):
+        assert 0.75 * expected <= wait < 1.25 * expected + 0.5 + LOOK  # questions are half a second apart
+
+
+def test_a_session_without_a_slot_tries_again_after_the_documented_times():
+    """If the service does not say when: after a second, and so on, doubled every time, up to half a minute."""
+    waits = waits_until(9, Noting(slots=0))
+    for wait, expected in zip(waits, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0], strict=True):
+        assert expected <= wait < expected + LOOK
+
+
 def test_one_sessions_failure_is_its_own_while_others_are_served(quick):
     """A service that never answers one session and goes on answering another one is not lost."""
 
@@ -556,7 +617,7 @@ def test_whatever_happens_to_it(seed, chain, draft_length, lookup, sessions):
 
     async def work():
         options = {"chain": chain, "draft_length": draft_length, "lookup": lookup, "draft_timeout": 0.005}
-        async with client(draft, FakeTarget(delay=0.0005), **options) as opened:
+        async with client(draft, FakeTarget(delay=0.002), **options) as opened:
             weather = asyncio.create_task(changing())
             try:
                 await asyncio.gather(*(turns(opened, number) for number in range(sessions)))

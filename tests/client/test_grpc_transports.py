@@ -40,7 +40,10 @@ def run(work):
 
     async def checked():
         result = await work()
-        await asyncio.sleep(0.05)  # grpc's own tasks end with their calls
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):  # grpc's own tasks end with their calls
+                while asyncio.all_tasks() != {asyncio.current_task()}:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.005)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return result
 
@@ -76,8 +79,8 @@ def test_sessions_of_several_turns(mode):
                 async with client.session() as session:
                     results = [await session.generate(prompt, PARAMS) for prompt in (PROMPT, "and", (7,))]
                     assert not target.ended.is_set()
-                assert target.ended.wait(1)
-                assert draft.ended.is_set() or mode != "model" or draft.ended.wait(1)
+                assert target.ended.wait(5)
+                assert draft.ended.is_set() or mode != "model" or draft.ended.wait(5)
                 return results
 
         results = run(work)
@@ -89,7 +92,7 @@ def test_sessions_of_several_turns(mode):
 
 def test_who_is_cancelled_while_waiting_loses_no_message():
     """A receive that is given up does not end the call: the next one gets what it waited for. So it is with a send."""
-    target, draft = TargetServicer(delay=0.05), DraftServicer()
+    target, draft = TargetServicer(delay=0.5), DraftServicer()
     with serving(target, draft) as address:
 
         async def work():
@@ -133,12 +136,14 @@ def test_closing_a_session_ends_a_turn_that_waits_elsewhere():
             async with SpeculativeClient(address, "ngram") as client:
                 session = client.session()
                 waiting = asyncio.create_task(session.generate(PROMPT))
-                await asyncio.sleep(0.1)
+                async with asyncio.timeout(10):
+                    while not target.starts:  # noqa: ASYNC110 - it is another thread's
+                        await asyncio.sleep(0.005)
                 await session.aclose()
                 with pytest.raises(UnavailableError, match="ended on this side"):
                     await waiting
                 assert not waiting.cancelled()
-                assert target.ended.wait(1)
+                assert target.ended.wait(5)
 
         run(work)
 
@@ -207,8 +212,8 @@ def test_a_session_ends_politely_on_both_sides():
     target, draft = TargetServicer(), DraftServicer()
     with serving(target, draft) as address, SyncSpeculativeClient(address, address) as client:
         client.generate(PROMPT, PARAMS)
-        assert target.ended.wait(1)
-        assert draft.ended.wait(1)
+        assert target.ended.wait(5)
+        assert draft.ended.wait(5)
 
 
 def test_a_draft_that_hangs_up_is_replaced():
@@ -275,7 +280,7 @@ def test_leaving_a_stream_cancels_at_the_service(mode):
                 await anext(stream)
 
         run(work)
-        assert target.ended.wait(1)
+        assert target.ended.wait(5)
 
 
 @pytest.mark.parametrize("mode", ["ngram", "none"])
@@ -286,8 +291,8 @@ def test_deadlines(mode):
         begin = time.monotonic()
         with pytest.raises(DeadlineError):
             client.generate(PROMPT, timeout=0.3)
-        assert time.monotonic() - begin < 2
-        assert target.ended.wait(1)
+        assert time.monotonic() - begin < 10
+        assert target.ended.wait(5)
 
 
 def test_the_service_is_told_the_deadline():
@@ -295,9 +300,13 @@ def test_the_service_is_told_the_deadline():
 
     async def work():
         target = GrpcTarget(address)
-        stream = await target.generate(Start(PROMPT, SamplingParams()), 0.2)
-        with pytest.raises(DeadlineError):
+
+        async def generate():
+            stream = await target.generate(Start(PROMPT, SamplingParams()), 0.2)
             await asyncio.wait_for(stream.finish(), 5)
+
+        with pytest.raises(DeadlineError):
+            await generate()
         await target.close()
 
     with serving(TargetServicer(delay=0.05)) as address:

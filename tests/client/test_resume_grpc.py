@@ -149,7 +149,7 @@ def test_a_service_that_starts_again_at_its_address(mode, caplog):
 
     async def run():
         with ExitStack() as first, ExitStack() as others:
-            address = first.enter_context(serving(TargetServicer(delay=0.01)))
+            address = first.enter_context(serving(TargetServicer(delay=0.1)))
             draft = others.enter_context(serving(None, DraftServicer()))
             async with (
                 SpeculativeClient(address, draft if mode == "model" else mode, draft_length=1) as client,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ..e2e.processes import wait_for
+from ..proxy import bound
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 NAMES = ("haproxy", "nginx")
@@ -45,10 +46,12 @@ class Proxy:
         if program is None:
             pytest.skip(f"{name} is not installed")
         self.name = name
-        self.address, self.draft_address = free_address(), free_address()
+        # Bound and never listening, by which nobody else gets these ports until the program has them, nor afterwards.
+        self._places = [bound(0) for _ in range(4)]
+        self.address, self.draft_address, *nobody = (f"127.0.0.1:{place.getsockname()[1]}" for place in self._places)
         self.log = place / "log"
         configuration = place / f"{name}.cfg"
-        configuration.write_text(edit(self._text(targets, drafts or (free_address(), free_address()))))
+        configuration.write_text(edit(self._text(targets, drafts or nobody)))
         command = [program, *self._arguments(place, configuration)]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -70,6 +73,8 @@ class Proxy:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
+            for place in self._places:
+                place.close()
 
     def _text(self, targets, drafts):
         """The configuration with these addresses in place of its own, each of which stands there once."""

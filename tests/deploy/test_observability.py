@@ -9,6 +9,10 @@ import subprocess
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
+
+from specpair_runtime.serving.calls import Calls
+from specpair_runtime.serving.metrics import CallMetrics
 
 from .exported import asked_for, exported, registries
 from .files import DEPLOY, OVERLAYS, ROLES, ROOT, composed, deployed, manifests
@@ -46,6 +50,15 @@ def queries():
     adapter = yaml.safe_load((DEPLOY / "k8s/examples/prometheus-adapter.yaml").read_text())
     for rule in adapter["rules"]["custom"]:
         yield "adapter", f"{rule['seriesQuery']} {rule['metricsQuery']}"
+
+
+def checked(configuration):
+    """Prometheus takes a configuration, where there is something that knows."""
+    if promtool := shutil.which("promtool"):
+        done = subprocess.run(
+            [promtool, "check", "config", configuration], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 class TestNames:
@@ -115,6 +128,24 @@ class TestAlerts:
         assert {name for name in emphasized if not any(title.startswith(name) for title in titles)} == set()
         assert len(emphasized) > 10
 
+    def test_first_errors_are_seen(self):
+        """Calls whose increase is an alert, by status, are 0 before the first: a series that begins at 1 has none."""
+        registry = CollectorRegistry()
+        CallMetrics(registry, Calls()).know(["specpair.v1.TargetService"])
+        counted = [re.findall(r'increase\(specpair_requests_total\{code=~"([^"]+)"', one["expr"]) for one in ALERTS]
+        codes = {code for found in counted for pattern in found for code in pattern.split("|")}
+        assert codes >= {"INTERNAL", "UNKNOWN"}
+        for code in codes:
+            labels = {"method": "TargetService/Verify", "code": code}
+            assert registry.get_sample_value("specpair_requests_total", labels) == 0, code
+
+    @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+    def test_each_is_tried(self, alert):
+        """promtool's tests have one in which it fires."""
+        tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
+        tried = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
+        assert alert["alert"] in tried
+
     def test_promtool(self):
         """Prometheus takes configuration and rules, and the rules fire when they should."""
         promtool = shutil.which("promtool")
@@ -171,6 +202,41 @@ class TestScraping:
         mounted = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["prometheus"]["volumes"]
         for name in ("prometheus.yml", *configuration["rule_files"]):
             assert f"./deploy/prometheus/{name}:/etc/prometheus/{name}:ro" in mounted
+
+    def test_optional_jobs(self, tmp_path):
+        """Clients and gateways are jobs in comments, which Prometheus takes once somebody takes the comments away."""
+        text = (PROMETHEUS / "prometheus.yml").read_text()
+        whole = re.sub(r"^  #([- ] )", r"  \1", text, flags=re.MULTILINE)
+        jobs = {job["job_name"] for job in yaml.safe_load(whole)["scrape_configs"]}
+        assert jobs == {*(f"specpair-{one}" for one in (*ROLES, "client", "gateway")), "prometheus"}
+        (tmp_path / "alerts.yml").write_text((PROMETHEUS / "alerts.yml").read_text())
+        (tmp_path / "prometheus.yml").write_text(whole)
+        checked(tmp_path / "prometheus.yml")
+
+    @pytest.mark.parametrize("overlay", OVERLAYS)
+    def test_names_of_jobs_in_kubernetes(self, overlay, tmp_path):
+        """Both examples find every pod at its port of metrics, and call the job what alerts and Compose call it."""
+        monitor = yaml.safe_load((DEPLOY / "k8s/examples/pod-monitor.yaml").read_text())["spec"]
+        [endpoint] = monitor["podMetricsEndpoints"]
+        [monitored] = endpoint["relabelings"]
+        [scraped] = yaml.safe_load((DEPLOY / "k8s/examples/prometheus-scrape.yaml").read_text())["scrape_configs"]
+        *_, last = scraped["relabel_configs"]
+        assert monitored["sourceLabels"] == last["source_labels"]
+        assert monitored["sourceLabels"] == ["__meta_kubernetes_pod_label_app_kubernetes_io_component"]
+        assert monitored["targetLabel"] == last["target_label"] == "job"
+        pods = [one["spec"]["template"] for one in manifests(overlay) if one["kind"] == "StatefulSet"]
+        named = set()
+        for pod in pods:
+            labels = pod["metadata"]["labels"]
+            assert monitor["selector"]["matchLabels"].items() <= labels.items()
+            assert endpoint["port"] in [port["name"] for port in pod["spec"]["containers"][0]["ports"]]
+            for replacement in (monitored["replacement"], last["replacement"]):
+                named.add(replacement.replace("$1", labels["app.kubernetes.io/component"]))
+        assert named == {f"specpair-{role}" for role in ROLES}
+        # Debian's promtool is built without Kubernetes: everything but where pods are found.
+        del scraped["kubernetes_sd_configs"]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [scraped]}))
+        checked(tmp_path / "prometheus.yml")
 
     def test_ports_are_not_published(self):
         """Metrics have no password: no port of a service but that of gRPC leaves its network."""

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
 import pytest
 import yaml
@@ -79,12 +80,15 @@ class Cluster:
 
     def __init__(self, place):
         config = yaml.safe_load((DEPLOY / "ray/demo.yaml").read_text())
-        self.ports = {}
+        self.ports, self.metrics = {}, {}
         for application in config["applications"]:
             arguments = application["args"]
             first = free_ports()
             self.ports[application["name"]] = range(first, first + _PORTS)
             arguments["ports"] = f"{first}-{first + _PORTS - 1}"
+            first = free_ports()
+            self.metrics[application["name"]] = range(first, first + _PORTS)
+            arguments["metrics_listen"] = f"127.0.0.1:{first}-{first + _PORTS - 1}"
             arguments["cpus"] = 0.4  # of the two that Ray thinks there are: five replicas
             if application["name"] == "draft":
                 arguments |= {"replicas": [2, 3], "upscale_delay": 1, "downscale_delay": 1}
@@ -119,15 +123,16 @@ class Cluster:
         """One address for whatever replicas of a service there are: those ports at which nobody is are passed over."""
         return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in self.ports[role])
 
-    def services(self, role):
-        """The service processes that listen, by port."""
+    def services(self, role, ports=None):
+        """The service processes that listen, by port: that of gRPC unless others are asked for."""
         found = {}
         for process in self.everything:
             try:
                 if f"specpair_{role}" in process.cmdline():
                     for connection in process.net_connections("tcp"):
-                        if connection.status == psutil.CONN_LISTEN:
-                            found[connection.laddr.port] = process
+                        port = connection.laddr.port if connection.status == psutil.CONN_LISTEN else None
+                        if port in (ports or self.ports[role]):
+                            found[port] = process
             except psutil.NoSuchProcess:
                 pass
         return found
@@ -192,6 +197,15 @@ def test_the_same_tokens(cluster, expected):
     check(results, expected)
     assert {result.stats.resumes for result in results} == {0}
     assert {result.stats.proposer for result in results} == {"model"}
+
+
+def test_metrics(cluster):
+    """Every replica serves metrics of its own, at a port that no other one on its machine has."""
+    for role, ports in cluster.metrics.items():
+        services = cluster.services(role, ports)
+        assert len(services) == len({process.pid for process in services.values()}) == 2
+        for port in services:
+            assert f'service="{role}"' in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=_ANSWER).text
 
 
 @pytest.mark.parametrize("victim", ["replica", "service"])

@@ -143,6 +143,11 @@ class TestOptions:
             ({"ports": "-"}, "ports"),
             ({"flags": ["--listen=0.0.0.0:1"]}, "flags"),
             ({"flags": ["--grace", "3"]}, "flags"),
+            ({"flags": ["--metrics-listen=127.0.0.1:9464"]}, "flags"),
+            ({"metrics_listen": "9464"}, "metrics_listen"),
+            ({"metrics_listen": ":9464"}, "metrics_listen"),
+            ({"metrics_listen": "127.0.0.1:"}, "metrics_listen"),
+            ({"metrics_listen": "127.0.0.1:9471-9464"}, "metrics_listen"),
             ({"replicas": [0, 1]}, "replicas"),
             ({"replicas": [2, 1]}, "replicas"),
             ({"use": 0}, "use"),
@@ -164,6 +169,22 @@ class TestOptions:
         assert options.credentials == Credentials(ca="/ca", token=Path("/token"))
         assert Options(flags=[], ports="7").credentials == Credentials()
 
+    def test_metrics(self):
+        """An address and ports, of which replicas on one machine take different ones; none unless told."""
+        listening_at = {"127.0.0.1:7": ("127.0.0.1", [7]), "[::1]:9464-9465": ("::1", [9464, 9465]), "": None}
+        for listen, expected in listening_at.items():
+            found = Options(flags=[], ports="50051", metrics_listen=listen).metrics
+            assert (found and (found[0], list(found[1]))) == expected
+        servers = listening(2)
+        first, last = sorted(port_of(server) for server in servers)
+        for server in servers:
+            server.close()
+        options = Options(flags=[], ports="50051", metrics_listen=f"{HOST}:{first}-{last}")
+        claims = [Claim(*options.metrics) for _ in range(2)]
+        assert len({claim.address for claim in claims}) == 2
+        for claim in claims:
+            claim.release()
+
     @pytest.mark.parametrize("name", ["demo", "gpu"])
     def test_files(self, name, monkeypatch):
         """Every application of the files is told what it takes, and flags that its service takes."""
@@ -176,6 +197,7 @@ class TestOptions:
             options = Options.model_validate(application["args"])
             assert config.parse(options.flags).slots > 0
             assert len(options.port_range) >= options.replicas[1] or options.gpus
+            assert options.metrics is None or len(options.metrics[1]) >= len(options.port_range)
             assert application["import_path"] == f"specpair_ray.app:{application['name']}"
 
 

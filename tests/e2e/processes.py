@@ -24,6 +24,9 @@ _START = 180
 _STOP = 30
 _CALL = 30
 
+# The `draft_timeout`, in seconds, with which no draft is lost because a machine is busy.
+UNHURRIED = 60.0
+
 
 def environment(**extra):
     """The environment for a process under test: nothing of ours configures it, and nothing is fetched."""

@@ -11,7 +11,7 @@ from specpair import FinishReason, SamplingParams, Source, SpeculativeClient
 
 from ..proxy import TcpProxy
 from .drafts import half_true, prophet, serving
-from .processes import run
+from .processes import UNHURRIED, run
 
 COUNT = 40
 GREEDY = SamplingParams(max_new_tokens=COUNT)
@@ -58,7 +58,7 @@ async def generate_all(addresses, jobs, **options):
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 def test_the_same_tokens(far, alone, kind, chain):
     """Greedy and sampled, with a model and with lookups, with fixed chains and with those that pay."""
-    results = run(generate_all(far(kind), list(alone), chain=chain))
+    results = run(generate_all(far(kind), list(alone), chain=chain, draft_timeout=UNHURRIED))
     for result, expected in zip(results, alone.values(), strict=True):
         assert result.token_ids == expected.token_ids
         assert (result.text, result.finish_reason) == (expected.text, expected.finish_reason)

@@ -127,7 +127,11 @@ def test_corpora(bf16, chosen, params, alone, kind):
         results = run(outputs(bf16(kind), chosen, params, corpus=corpus))
         assert same(results, alone)
         assert len(corpus) > before
-    assert sum(result.stats.accepted_by_source.get(Source.PREDICTION, 0) for result in results) > 0
+    # Beside another proposer it is a matter of measured times whether a lookup is preferred.
+    if kind == "ngram":
+        results = run(outputs(bf16(kind), chosen, params, corpus=Corpus(truth), draft_length=3))
+        assert same(results, alone)
+        assert sum(result.stats.accepted_by_source.get(Source.PREDICTION, 0) for result in results) > TOKENS / 2
 
 
 def test_sessions_and_the_client_without_asyncio(bf16, chosen, params, alone):

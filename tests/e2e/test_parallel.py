@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -68,12 +69,21 @@ def processes(service):
 
 
 def gone(pid):
-    """Whether a process has ended."""
+    """Whether a process has ended, be it that torchrun has not asked yet how."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    return False
+
+
+@contextlib.contextmanager
+def left_alone(service):
+    """Halts torchrun meanwhile, which would end the one process as soon as it sees that the other one has ended."""
+    service.send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        service.send(signal.SIGCONT)
 
 
 def outputs(service, proposer, params):
@@ -149,11 +159,12 @@ def test_a_lost_follower_ends_the_service(services):
             os.kill(follower, signal.SIGKILL)
             await session.run()
 
-    with pytest.raises(grpc.RpcError) as caught:
-        run(cut_off(), _SOON)
+    with left_alone(service):
+        with pytest.raises(grpc.RpcError) as caught:
+            run(cut_off(), _SOON)
+        wait_for(lambda: gone(leader), _SOON, "rank 0 ends")
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert service.wait(_SOON) != 0
-    assert gone(leader)
     assert any(entry["event"].startswith("failed: ") for entry in service.entries())
     assert f"exitcode  : 1 (pid: {leader})" in service.text
 
@@ -162,7 +173,8 @@ def test_a_lost_leader_leaves_nobody(services):
     """When rank 0 is killed, rank 1 ends by itself, and torchrun with it."""
     service = services[1][2]
     leader, follower = processes(service)
-    os.kill(leader, signal.SIGKILL)
-    wait_for(lambda: gone(follower), _SOON, "rank 1 ends")
+    with left_alone(service):
+        os.kill(leader, signal.SIGKILL)
+        wait_for(lambda: gone(follower), _SOON, "rank 1 ends")
     assert service.wait(_SOON) != 0
     assert f"exitcode  : 1 (pid: {follower})" in service.text

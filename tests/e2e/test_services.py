@@ -30,7 +30,7 @@ from specpair_draft.config import DraftConfig
 from specpair_target.config import TargetConfig
 
 from .drafts import prophet, serving
-from .processes import DEMO, environment, leftovers, run
+from .processes import DEMO, UNHURRIED, environment, leftovers, run
 from .sessions import RawSession, ids_prompt, target_stub
 
 TARGET = "specpair.v1.TargetService"
@@ -246,7 +246,9 @@ class TestNgramService:
         async def check():
             async with (
                 SpeculativeClient(bf16.target.address, "none") as alone,
-                SpeculativeClient(bf16.target.address, service.address, draft_length=3) as pair,
+                SpeculativeClient(
+                    bf16.target.address, service.address, draft_length=3, draft_timeout=UNHURRIED
+                ) as pair,
             ):
                 expected = (await alone.generate(prompt, params)).token_ids
                 result = await pair.generate(prompt, params)

@@ -16,13 +16,13 @@ from specpair.v1 import common_pb2, target_pb2, target_pb2_grpc
 
 from .collector import Collector
 from .conftest import BF16_LENGTH
-from .processes import DEMO, run, wait_for
+from .processes import DEMO, UNHURRIED, run, wait_for
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "def quicksort(secret_values):\n"
 PARAMS = SamplingParams(max_new_tokens=48, ignore_eos=True, temperature=0.8, seed=5)
 # The draft proposes in every round, however busy the machine is.
-STEADY = {"lookup": False, "draft_length": 4, "draft_timeout": 60.0}
+STEADY = {"lookup": False, "draft_length": 4, "draft_timeout": UNHURRIED}
 # Seconds within which what is sent by the way has arrived.
 SOON = 20
 # Seconds that stand for "comes back": a target loads its model on a busy machine.

@@ -22,7 +22,7 @@ from specpair import (
 )
 
 from .conftest import FP32_LENGTH
-from .processes import DEMO, environment, run, script
+from .processes import DEMO, UNHURRIED, environment, run, script
 
 TOKENS = 12
 KINDS = ["model", "ngram", "none"]
@@ -230,7 +230,8 @@ class TestConversations:
 
         async def check():
             address = draft.address if kind == "model" else kind
-            async with SpeculativeClient(chat_target.address, address) as client, client.session() as session:
+            pair = SpeculativeClient(chat_target.address, address, draft_timeout=UNHURRIED)
+            async with pair as client, client.session() as session:
                 assert (await client.info())[0].chat
                 whole = []
                 for number, messages in enumerate(news):
@@ -332,7 +333,7 @@ class TestRejectionRule:
         """The draft length is part of the draft; another seed is another draw."""
 
         async def check():
-            async with SpeculativeClient(*fp32(kind), draft_length=3) as client:
+            async with SpeculativeClient(*fp32(kind), draft_length=3, draft_timeout=UNHURRIED) as client:
                 results = [await client.generate(prompts[8], sampled(seed=seed)) for seed in (1, 1, 2, 3)]
                 assert results[0].token_ids == results[1].token_ids
                 assert len({result.token_ids for result in results}) == 3

@@ -260,8 +260,23 @@ class TestErrors:
         """Whoever finds it."""
         answer = ask(application(), COMPLETIONS, body)
         assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == param
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        said = answer.json()["error"]
+        assert said["param"] == param
+        assert said["message"].startswith("the body has to be a JSON object" if param is None else f"{param}: ")
+        assert set(said) == {"message", "type", "param", "code"}
+
+    @pytest.mark.parametrize("path", ENDPOINTS)
+    @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+    def test_what_is_not_said_to_be_json(self, path, headers):
+        """As curl sends it when it is told nothing: whoever asks learns what the request has to look like."""
+
+        async def post():
+            async with caller(application()) as http:
+                return await http.post(path, content=json.dumps(ENDPOINTS[path]()), headers=headers)
+
+        answer = run(post())
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].endswith("a JSON object, sent with Content-Type: application/json")
 
     def test_what_the_target_refuses(self):
         """Is called as the caller called it."""
@@ -474,9 +489,11 @@ class TestModels:
 @pytest.mark.parametrize(("phase", "status"), [(Phase.READY, 200), (Phase.LOADING, 503)])
 def test_health(phase, status):
     """Is the target's."""
-    answer = ask(application(FakeTarget(phase=phase)), "/health")
+    app = application(FakeTarget(phase=phase))
+    answer = ask(app, "/health")
     assert answer.status_code == status
     assert answer.json()["target"] == (status == 200)
+    assert ask(app, "/health", method="HEAD").status_code == status
 
 
 class TestClientsThatGo:

@@ -106,5 +106,7 @@ def test_when_to_come_back(kind, seconds, headers):
     ],
 )
 def test_fields_are_named_as_the_caller_knows_them(field, param):
-    """Not as the protocol behind does."""
-    assert problem(InvalidRequestError("no", field=field), "r1", NAMES).param == param
+    """Not as the protocol behind does, in the message too: not every client shows more of an error."""
+    said = problem(InvalidRequestError("no", field=field), "r1", NAMES)
+    assert said.param == param
+    assert said.message == ("no" if param is None else f"{param}: no")

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 # Where no documentation of the project is; nor in folders whose names begin with a dot.
 _ELSEWHERE = {"node_modules", "runs", "build", "dist", "site", "secrets"}
 _FENCE = re.compile(r"(?P<indent> *)(?P<fence>```+)(?P<language>\w*)")
+# Nothing would type what stands in these.
+_OTHER_SHELLS = {"bash", "sh", "shell", "zsh"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def blocks(document):
             body.append(inside.removeprefix(opened["indent"]))
         else:
             raise AssertionError(f"{document}:{number}: a block that does not end")
+        assert opened["language"] not in _OTHER_SHELLS, f"{document}:{number}: commands belong into a console block"
         if opened["language"] in {"console", "python"}:
             found.append(Block(str(document), number, opened["language"], "\n".join(body) + "\n"))
     return found

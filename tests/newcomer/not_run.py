@@ -35,7 +35,7 @@ COMMANDS = (
     Excuse(r"(\.venv/bin/)?specpair bench\b", _MINUTES),
     Excuse(r"\.venv/bin/python bench/\w+\.py", _MINUTES),
     Excuse(r"\.venv/bin/python tools/make_benchmark_pair\.py", _MINUTES),
-    Excuse(r"docker ", _CONTAINERS),
+    Excuse(r"([A-Z_]+=\S+ )?docker ", _CONTAINERS),
     Excuse(r"cp \.env\.example \.env", _CONTAINERS),
     Excuse(r"kubectl ", _CLUSTER),
     Excuse(r"serve (run|deploy) ", "needs Ray; tests/deploy/test_ray.py runs it where Ray is installed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -23,10 +24,6 @@ from .shell import Shell
 
 # Stands for "does not hang", in seconds.
 BOUND = 180
-# What a fresh clone does not have.
-_LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "node_modules", "runs", "build", "dist"
-)
 # Of a slot, so that what has no other end does not take long.
 _LENGTH = "384"
 # A command that starts a service, as far as its name.
@@ -90,7 +87,9 @@ class Place:
         self._services: dict[str, Service] = {}
         # Documented address: that of the service that listens there.
         self.addresses: dict[str, str] = {}
-        shutil.copytree(ROOT, self.directory, ignore=_LEFT_OUT)
+        for name in _cloned():
+            (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, self.directory / name, follow_symlinks=False)
         (self.directory / ".venv").symlink_to(sys.prefix)
         if (modules := ROOT / "examples/node/node_modules").exists():
             (self.directory / "examples/node/node_modules").symlink_to(modules)
@@ -221,3 +220,10 @@ class Place:
 def _event(service, name):
     """A line of a service's log."""
     return next(entry for entry in service.entries() if entry["event"] == name)
+
+
+def _cloned():
+    """Files of a fresh clone, as paths from the root: those that git has, and those that somebody has not added yet."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, timeout=BOUND, check=True)
+    return [name for name in done.stdout.split("\0") if name and os.path.lexists(ROOT / name)]

@@ -38,8 +38,8 @@ class Running:
         self.stub = target_pb2_grpc.TargetServiceStub(channel)
 
     async def until(self, condition):
-        """Waits until `condition()` holds, at most 5 seconds."""
-        async with asyncio.timeout(5):
+        """Waits until `condition()` holds, at most 30 seconds."""
+        async with asyncio.timeout(30):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -92,7 +92,7 @@ def test_gone_while_prefilling(servicer, monkeypatch, way):
     gate = Gate(monkeypatch, servicer._engine.model.runner, "prefill")
 
     async def talk(stub):
-        call = await opened(stub, LONG, **({"timeout": 0.3} if way == "deadline" else {}))
+        call = await opened(stub, LONG, **({"timeout": 2.0} if way == "deadline" else {}))
         await gate.wait()
         if way == "cancel":
             call.cancel()
@@ -315,12 +315,12 @@ def test_the_limit_is_an_option_of_both_services(config, capsys):
 # --- clients that do nothing -----------------------------------------------------------------------------------------
 
 
-IDLE = 0.8
+IDLE = 2.0
 
 
 @pytest.fixture(scope="module")
 def impatient(tiny):
-    """Streams may lie idle for less than a second."""
+    """Streams may lie idle for a short time."""
     one = served.load(tiny, "llama", idle_timeout=IDLE)
     yield one
     one.stop()
