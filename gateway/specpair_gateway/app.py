@@ -84,7 +84,7 @@ class _Endpoints:
         app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.complete)
-        app.get(HEALTH)(self.health)
+        app.api_route(HEALTH, methods=["GET", "HEAD"])(self.health)  # the server leaves the body of HEAD out
 
     async def models(self) -> JSONResponse:
         names = await self._models.names()

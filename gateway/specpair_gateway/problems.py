@@ -108,7 +108,9 @@ def problem(error: SpecpairError, request_id: str, names: Mapping[str, str] | No
     code = error.reason.lower() or None
     if status == HTTPStatus.SERVICE_UNAVAILABLE:  # its text names addresses
         return Problem(status, f"the model is not available; {_in_log(request_id)}", kind, None, code, headers)
-    return Problem(status, error.message, kind, _param(error.field, names), code, headers)
+    param = _param(error.field, names)
+    # In the message too: many clients show nothing else.
+    return Problem(status, f"{param}: {error.message}" if param else error.message, kind, param, code, headers)
 
 
 def internal(request_id: str) -> Problem:
@@ -136,8 +138,10 @@ def describe_validation(errors: Sequence[Any]) -> InvalidRequestError:
     if first["type"] == "json_invalid":
         return InvalidRequestError(f"the body is not JSON: {first['ctx']['error']} at {place[0]}")
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    if not path:  # a body that is not said to be JSON is not read as such
+        return InvalidRequestError("the body has to be a JSON object, sent with Content-Type: application/json")
     message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
-    return InvalidRequestError(message if path else f"the body cannot be used: {message}", field=path)
+    return InvalidRequestError(message, field=path)
 
 
 def _in_log(request_id: str) -> str:

@@ -36,10 +36,13 @@ class Replica:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._claim = Claim(options.host or ray.util.get_node_ip_address(), options.port_range)
+        self._metrics = Claim(*options.metrics) if options.metrics else None
         self._service: GrpcTarget | GrpcDraft = (GrpcTarget if role == "target" else GrpcDraft)(
             self._claim.address, options.credentials
         )
         flags = [f"--listen={self._claim.address}", f"--grace={options.grace:g}", *options.flags]
+        if self._metrics is not None:
+            flags.append(f"--metrics-listen={self._metrics.address}")
         # From this very thread, which lives as long as the replica.
         self._process = process = subprocess.Popen(  # noqa: ASYNC220 - which takes milliseconds
             command(f"specpair_{role}", *flags), stdin=subprocess.DEVNULL
@@ -72,6 +75,8 @@ class Replica:
             process.kill()
         await self._service.close()
         self._claim.release()
+        if self._metrics is not None:
+            self._metrics.release()
 
     async def _serves(self) -> bool:
         try:
