@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +80,16 @@ def containers():
         yield from deployed(overlay)
 
 
+def compose_command():
+    """Compose of version 2, as a plugin of docker or by itself. Skips the test where there is neither."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]):
+            done = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
+            if done.returncode == 0 and not done.stdout.startswith("1."):
+                return command
+    pytest.skip("no Compose of version 2 is installed")
+
+
 def unknown(names):
     """Those of some variables that nobody reads."""
     known = settings()
@@ -145,6 +157,29 @@ class TestCompose:
         """It is what the Compose Specification says."""
         read = compose(name)
         assert set(compose_spec.PyCompose.from_yaml(yaml.safe_dump(read)).service_names()) == set(read["services"])
+
+    @pytest.mark.parametrize("environment", ["/dev/null", ".env.example"])
+    @pytest.mark.parametrize("files", [COMPOSE_FILES[:1], COMPOSE_FILES], ids=["plain", "secured"])
+    def test_config(self, files, environment, monkeypatch):
+        """Compose itself takes the files with every combination of profiles, and starts what these name and no more."""
+        command = [*compose_command(), f"--env-file={environment}", *(f"--file={name}" for name in files)]
+        for variable in {"COMPOSE_PROFILES", *variables((ROOT / files[0]).read_text())}:
+            monkeypatch.delenv(variable, raising=False)
+        # The example asks for GPUs by itself.
+        always = {"gpu"} if environment == ".env.example" else set()
+        profiles = {name: set(service["profiles"]) for name, service in compose()["services"].items()}
+        every = sorted(set().union(*profiles.values()))
+        for count in range(len(every) + 1):
+            for chosen in itertools.combinations(every, count):
+                given = [f"--profile={profile}" for profile in chosen]
+                done = subprocess.run(
+                    [*command, *given, "config", "--format=json"], cwd=ROOT, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, (chosen, done.stderr)
+                started = {
+                    name for name, asked in profiles.items() if asked & ({*chosen} | (set() if chosen else always))
+                }
+                assert set(json.loads(done.stdout)["services"]) == started, chosen
 
     @pytest.mark.parametrize("name", COMPOSE_FILES)
     def test_variables_have_defaults(self, name):
