@@ -59,6 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base-image", help="instead of the Dockerfile's, with a `python` of 3.11 or newer")
     parser.add_argument("--torch-index", help="instead of torch's own index of CPU wheels")
     parser.add_argument("--wheels", type=Path, help="directory of wheels to use before those of an index")
+    parser.add_argument(
+        "--compiler", default="g++", help="packages to compile with; Debian's Python also needs python3-dev"
+    )
     parser.add_argument("--check", action="store_true", help="build nothing")
     return parser.parse_args()
 
@@ -81,7 +84,9 @@ def build(engine: Engine, options: argparse.Namespace) -> None:
     engine.build(IMAGES["client"], [*given, "--target", "client", "."])
     for role in ("target", "draft"):
         engine.build(IMAGES[role], [*services, "--target", role, "."])
-    engine.build(IMAGES["compiling"], [*services, "--build-arg", "COMPILER=g++", "--target", "target", "."])
+    engine.build(
+        IMAGES["compiling"], [*services, "--build-arg", f"COMPILER={options.compiler}", "--target", "target", "."]
+    )
 
 
 def check_image(engine: Engine, name: str) -> None:
