@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import termios
 import threading
 import time
 
@@ -34,6 +35,7 @@ class Terminal:
 
     def __init__(self, *arguments, **extra):
         self._ours, theirs = pty.openpty()
+        self.settings_before = self.settings()
         variables = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "100", "LINES": "30"}
         self.process = subprocess.Popen(
             ["setsid", "--ctty", SPECPAIR, *arguments],  # Ctrl-C is for those whose terminal it is
@@ -59,6 +61,10 @@ class Terminal:
     def text(self):
         """What was written, without what moves the cursor and colours."""
         return _ESCAPES.sub("", self.written)
+
+    def settings(self):
+        """Modes and control characters of the terminal."""
+        return termios.tcgetattr(self._ours)
 
     def type(self, keys):
         """Keys as a terminal sends them: Enter is a carriage return."""
@@ -164,6 +170,18 @@ class TestChat:
         history = (tmp_path / "specpair" / "chat_history").read_text()
         assert f"+{TEXTS[0]}\n" in history
         assert "+x = 1\n+y = 2\n" in history
+
+    def test_typed_ahead(self, fp32, terminal, tmp_path):
+        """What is typed into an answer waits for the prompt: a line, and Ctrl-D. The terminal is left as it was."""
+        arguments = ["chat", "--plain", "--no-history", *flags(fp32), "--max-new-tokens=60", "--ignore-eos"]
+        chat = terminal(*arguments, XDG_CONFIG_HOME=str(tmp_path))
+        chat.until("Ctrl-D ends")
+        chat.type(f"{TEXTS[0]}\r")
+        chat.until("tokens/s")
+        chat.type(f"{TEXTS[1]}\r\x04")
+        assert chat.wait() == 0
+        assert len(re.findall(r"\d tokens/s\s+>", chat.text)) == 2
+        assert chat.settings() == chat.settings_before
 
     def test_conversation(self, launch, tmp_path_factory):
         """With a chat template lines are messages; without one the command says what to do."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import termios
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from platformdirs import user_state_path
@@ -17,7 +19,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from specpair.rendering import PLAIN, stderr
 
-__all__ = ["PromptReader", "history_file"]
+__all__ = ["PromptReader", "ctrl_d_as_a_key", "history_file"]
 
 
 class PromptReader:
@@ -50,6 +52,23 @@ class PromptReader:
 
     def _is_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")
+
+
+@contextlib.contextmanager
+def ctrl_d_as_a_key(terminal: int) -> Iterator[None]:
+    """Has Ctrl-D that is typed into an answer wait for the prompt, as all else that is typed then.
+
+    Between prompts the terminal collects lines, and would take it for an end of file that nobody reads.
+    """
+    before = termios.tcgetattr(terminal)
+    changed = termios.tcgetattr(terminal)
+    changed[6][termios.VEOF] = os.fpathconf(terminal, "PC_VDISABLE").to_bytes()
+    termios.tcsetattr(terminal, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def history_file() -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Annotated
@@ -69,20 +71,23 @@ def chat(
                     field="plain",
                 )
             conversation = Conversation(client, params, plain=plain, system=system, timeout=timeout)
-            reader = _reader(history)
-            if reader.interactive:
-                _greet(target, draft, services.draft)
-            await Repl(client, conversation, reader, partial(display_for, as_json=as_json)).run()
+            with _reader(history) as reader:
+                if reader.interactive:
+                    _greet(target, draft, services.draft)
+                await Repl(client, conversation, reader, partial(display_for, as_json=as_json)).run()
 
     asyncio.run(run())
 
 
-def _reader(history: bool) -> Reader:
+@contextlib.contextmanager
+def _reader(history: bool) -> Iterator[Reader]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return LineReader()
-    from specpair.chat.prompting import PromptReader, history_file  # nobody else waits for it to load
+        yield LineReader()
+        return
+    from specpair.chat import prompting  # nobody else waits for it to load
 
-    return PromptReader(history_file() if history else None, list(COMMANDS))
+    with prompting.ctrl_d_as_a_key(sys.stdin.fileno()):
+        yield prompting.PromptReader(prompting.history_file() if history else None, list(COMMANDS))
 
 
 def _greet(target: ModelInfo, draft: ModelInfo | None, given: str) -> None:
