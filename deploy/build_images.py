@@ -58,7 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dockerfile", default="deploy/Dockerfile")
     parser.add_argument("--base-image", help="instead of the Dockerfile's, with a `python` of 3.11 or newer")
     parser.add_argument("--torch-index", help="instead of torch's own index of CPU wheels")
-    parser.add_argument("--wheels", type=Path, help="directory of wheels to use before those of an index")
+    parser.add_argument(
+        "--wheels", type=Path, help="directory of wheels for target and draft, beside those of an index"
+    )
     parser.add_argument(
         "--compiler", default="g++", help="packages to compile with; Debian's Python also needs python3-dev"
     )

@@ -86,12 +86,12 @@ class Docker:
         return output("docker", "run", "--rm", *hardened, f"--entrypoint={command[0]}", tag, *command[1:])
 
     def start(self, tag: str, settings: Mapping[str, str], cache: str) -> Running:
-        name = f"{self._prefix}-{len(self._containers)}"
-        given = [f"--env={variable}={value}" for variable, value in settings.items()]
-        output("docker", "run", "--detach", f"--name={name}", *self._hardened(cache), *given, tag)
-        self._containers.append(name)
         if self._network == "none":
-            self._network = f"container:{name}"
+            # Of a container that does nothing else: a network ends with the container that has it.
+            holder = self._detached("--network=none", "--entrypoint=sleep", tag, "infinity")
+            self._network = f"container:{holder}"
+        given = [f"--env={variable}={value}" for variable, value in settings.items()]
+        name = self._detached(*self._hardened(cache), *given, tag)
         return _DockerService(name, self.config(tag)["Healthcheck"]["Test"][1:])
 
     def close(self) -> None:
@@ -99,6 +99,12 @@ class Docker:
             output("docker", "rm", "--force", *self._containers)
         if self._caches:
             output("docker", "volume", "rm", "--force", *self._caches)
+
+    def _detached(self, *arguments: str) -> str:
+        name = f"{self._prefix}-{len(self._containers)}"
+        self._containers.append(name)  # one that cannot start is there all the same
+        output("docker", "run", "--detach", f"--name={name}", *arguments)
+        return name
 
     def _hardened(self, cache: str) -> list[str]:
         volume = f"{self._prefix}-{cache}"

@@ -117,6 +117,23 @@ def test_a_busy_loop_is_an_error(monkeypatch):
     assert ended == [True]
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1e6, float("inf")])
+def test_waiting_in_vain_is_an_error(seconds):
+    """A task that looks again and again for what never comes, or sleeps for ever, is no hang; its `finally` runs."""
+    ended = []
+
+    async def looking():
+        try:
+            while True:  # noqa: ASYNC110 - the very fault
+                await asyncio.sleep(seconds)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(RuntimeError, match="waits in vain"):
+        virtual_time.run(looking())
+    assert ended == [True]
+
+
 def test_work_with_waits_is_no_busy_loop(monkeypatch):
     """Only what was done since the last wait counts."""
     monkeypatch.setattr(virtual_time, "_BUSY", 100)

@@ -1,9 +1,9 @@
 """An event loop whose time passes only while all of its tasks wait, and then at once.
 
 So a time limit is reached if, and only if, what it limits waits for longer or for ever, however busy the machine is;
-and a test takes as long as its work. What would hang is an error: tasks that wait for one another, and a task that goes
-round without ever waiting for a time. For what stays in one process and one thread: to wait for a socket or another
-thread takes no time of this loop.
+and a test takes as long as its work. What would hang is an error: tasks that wait for one another, a task that goes
+round without ever waiting for a time, and one that waits for hours in vain. For what stays in one process and one
+thread: to wait for a socket or another thread takes no time of this loop.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # Rounds of the loop in a row in which some task was ready: no work takes so many, and to count them takes seconds.
 _BUSY = 1_000_000
+# Seconds of its time that no test needs.
+_LONG = 20_000.0
 
 
 class _Leaping(selectors.DefaultSelector):
@@ -28,6 +30,7 @@ class _Leaping(selectors.DefaultSelector):
         super().__init__()
         self.passed = 0.0
         self._busy = 0
+        self._end = _LONG
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._busy = self._busy + 1 if timeout == 0 else 0
@@ -40,6 +43,9 @@ class _Leaping(selectors.DefaultSelector):
         if timeout is None:
             raise RuntimeError("every task waits, and none of them for a time: this would hang for ever")
         self.passed += max(timeout, 0.0)
+        if self.passed > self._end:
+            self._end = self.passed + _LONG  # likewise
+            raise RuntimeError(f"{self.passed:g} s have passed: some task waits in vain, again and again")
         return ready
 
 

@@ -1,4 +1,4 @@
-"""The clock that everything in a client counts by."""
+"""The clock that time limits and pauses of a client go by."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Agreement:
 class Pairing:
     """One target and one draft, compared when they are first used together, and when the draft was lost and is back.
 
-    The answer is kept as long as both services were ready to give it.
+    The answer is kept as long as both services were ready to give it, and as `fits` says of whoever begins a turn.
     """
 
     def __init__(self, target: TargetTransport, draft: DraftTransport, *, within: float) -> None:

@@ -14,6 +14,7 @@ in time.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -42,6 +43,10 @@ __all__ = ["Fallback", "Link"]
 _PATIENCE = 5
 # Seconds until a session that failed for itself tries again, if the service does not say; doubled every time.
 _FIRST_RETRY, _LONGEST_RETRY = 1.0, 30.0
+# Where the token ids of a turn's start stand, the target having taken them.
+_IDS = ("start.token_ids[", "start.sampling.logit_bias[")
+# The key of a bias is a token id, which nothing logs.
+_BIAS = re.compile(r"logit_bias\[\d+\]")
 # Plain steps between two looks whether the service is back.
 _MOST_STEPS = 8
 
@@ -201,7 +206,7 @@ class Link:
         """The draft has failed while it was waited for since then: for all sessions, or for this one."""
         permit = self._permit
         assert permit is not None, "who has a draft has a permit"
-        reason = f"draft lost: {failure}"
+        reason = "draft lost: " + _BIAS.sub("logit_bias", str(failure))
         if not self._own(failure, permit, since):
             permit.failed(reason)
             return
@@ -217,7 +222,7 @@ class Link:
     def _own(self, failure: SpecpairError, permit: Permit, since: float) -> bool:
         """Whether a failure says nothing about the service's use to other sessions."""
         match failure:
-            case InvalidRequestError(field=str(field)) if field.startswith("start.token_ids["):
+            case InvalidRequestError(field=str(field)) if field.startswith(_IDS):
                 return False  # an id that the target knows and the draft does not: another draft than was compared
             case OverloadedError() | InvalidRequestError():
                 return True

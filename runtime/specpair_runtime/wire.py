@@ -63,9 +63,7 @@ def _read_bias(message: common_pb2.SamplingParams, vocabulary: int | None, field
         raise InvalidRequestError(f"at most {_MAX_BIASES} ids", field=field)
     for token_id, value in message.logit_bias.items():
         if vocabulary is not None and token_id >= vocabulary:
-            raise InvalidRequestError(
-                f"token id {token_id} is outside the vocabulary of {vocabulary}", field=f"{field}[{token_id}]"
-            )
+            raise InvalidRequestError(f"is outside the vocabulary of {vocabulary}", field=f"{field}[{token_id}]")
         if not abs(value) <= _MAX_BIAS:
             raise InvalidRequestError(
                 f"must be between -{_MAX_BIAS:g} and {_MAX_BIAS:g}, not {value:g}", field=f"{field}[{token_id}]"

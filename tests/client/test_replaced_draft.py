@@ -83,8 +83,12 @@ def test_a_service_that_does_not_say():
     assert {result.stats.proposer for result in results} == {"model"}
 
 
-def test_a_prompt_that_another_vocabulary_does_not_have():
-    """A draft that knows fewer ids than the target is compared anew, and asked nothing more."""
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [("start.token_ids[1]", "start.token_ids[1]"), ("start.sampling.logit_bias[77]", "start.sampling.logit_bias")],
+)
+def test_an_id_that_another_vocabulary_does_not_have(field, told, caplog):
+    """A draft that knows fewer ids than the target is compared anew, and asked nothing more. No id is logged."""
 
     class Smaller(FlakyDraft):
         small = False
@@ -92,7 +96,7 @@ def test_a_prompt_that_another_vocabulary_does_not_have():
         async def propose(self, start, within=None):
             stream = await super().propose(start, within)
             if self.small:
-                stream.refused = InvalidRequestError("is outside the vocabulary of 3", field="start.token_ids[1]")
+                stream.refused = InvalidRequestError("is outside the vocabulary of 3", field=field)
             return stream
 
     draft = Smaller()
@@ -106,6 +110,9 @@ def test_a_prompt_that_another_vocabulary_does_not_have():
 
     results = virtual_time.run(work())
     assert {result.stats.proposer for result in results} == {"ngram"}
-    assert "start.token_ids[1]" in results[0].stats.proposer_changes[0].reason
+    reason = f"draft lost: {told}: is outside the vocabulary of 3"
+    assert results[0].stats.proposer_changes[0].reason == reason
+    assert reason in caplog.text
+    assert "77" not in caplog.text
     assert "draft.fingerprint.vocabulary_size" in results[-1].stats.proposer_changes[0].reason
     assert len(draft.streams) == 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -105,6 +107,26 @@ def test_turns_stay_on_their_target(proxy, targets):
     assert [result.token_ids for result in through] == [result.token_ids for result in alone]
     assert [result.stats.resumes for result in through] == [0, 0]
     assert through[1].stats.cached_tokens == alone[1].stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("side", ["address", "draft_address"])
+def test_clients_that_vanish(proxy, side):
+    """Whoever is silent for a minute is asked whether it is there: to the services it is the load balancer that is."""
+    host, _, port = getattr(proxy, side).rpartition(":")
+
+    with socket.create_connection((host, int(port))) as client:
+        ours = client.getsockname()[1]
+
+        def asks():
+            """Hundredths of seconds until the kernel asks, of the load balancer's end of the connection."""
+            for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+                _, local, remote, _, _, timer, *_ = line.split()
+                if [int(end.partition(":")[2], 16) for end in (local, remote)] == [int(port), ours]:
+                    kind, _, left = timer.partition(":")
+                    return int(left, 16) if kind == "02" else None
+            return None
+
+        assert wait_for(asks, 10, "TCP's keepalive") <= 60 * 100
 
 
 def test_haproxy_reads_health(balance):

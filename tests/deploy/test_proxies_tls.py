@@ -58,9 +58,9 @@ def haproxy(text, place):
 
 def nginx(text, place):
     """The configuration with its TLS lines in force."""
-    listens = re.findall(r"listen (\S+) http2;", text)
-    for listen, port in zip(listens, ("443", "444"), strict=True):
-        text = text.replace(f"listen {listen} http2;", "").replace(f"# listen {port}", f"listen {listen}")
+    listens = re.findall(r"listen (127\S+) (http2.*;)", text)
+    for (listen, how), port in zip(listens, ("443", "444"), strict=True):
+        text = text.replace(f"listen {listen} {how}", "").replace(f"# listen {port}", f"listen {listen}")
     text = re.sub(r"# ((?:grpc_)?ssl_\w+ )", r"\1", text).replace("grpc_pass grpc:", "grpc_pass grpcs:")
     text = text.replace("grpc_ssl_name NAME;", f"grpc_ssl_name {NAME};").replace("/etc/nginx/ca.pem", f"{place}/ca.pem")
     return text.replace("/etc/nginx/specpair.crt", f"{place}/service.pem").replace(

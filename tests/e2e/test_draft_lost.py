@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import socket
@@ -15,7 +16,7 @@ from specpair.v1 import common_pb2
 
 from ..amounts import runs
 from .drafts import hanging, mute, prophet, serving
-from .processes import DEMO, run
+from .processes import DEMO, UNHURRIED, run
 
 PARAMS = SamplingParams(max_new_tokens=32)
 SAMPLED = SamplingParams(max_new_tokens=32, temperature=0.9, seed=11)
@@ -112,14 +113,14 @@ class TestLostUnderWay:
 
         async def check():
             address = (bf16.target.address, draft.address)
-            async with SpeculativeClient(*address, draft_length=1, draft_timeout=1.0, connect_timeout=1.0) as client:
+            async with SpeculativeClient(*address, draft_length=1, draft_timeout=4.0, connect_timeout=4.0) as client:
                 result = await generate_with_an_accident(client, prompt, PARAMS, stop, after=3)
                 assert result.token_ids == expected[PARAMS]
                 check_lost(result, "no proposal within", at_least=4)
                 again = await client.generate(prompt, PARAMS)
                 assert again.token_ids == expected[PARAMS]
                 check_lost(again, "no proposal within")
-                assert again.stats.proposing_seconds < 1.0, "nobody waits for it a second time"
+                assert again.stats.proposing_seconds < 4.0, "nobody waits for it a second time"
                 draft.send(signal.SIGCONT)
                 draft.wait_until_free()
                 async with asyncio.timeout(10 * _BACK):
@@ -137,9 +138,10 @@ class TestLostUnderWay:
         """Its process is killed under two sessions, one greedy and one sampled: n-gram from there on."""
         draft = victim()
         both = (PARAMS, SAMPLED)
+        address = (bf16.target.address, draft.address)
 
         async def check():
-            async with SpeculativeClient(bf16.target.address, draft.address, draft_length=1) as client:
+            async with SpeculativeClient(*address, draft_length=1, draft_timeout=UNHURRIED) as client:
                 arrived = asyncio.Barrier(len(both))
 
                 async def accident():
@@ -167,6 +169,7 @@ class TestLostUnderWay:
             params = (LONG, LONG_SAMPLED)[number % 2]
             length = (1, 4, None)[number % 3]
             options = {"draft_length": length, "chain": rng.choice([None, 0, 2]), "lookup": False}
+            options["draft_timeout"] = UNHURRIED
             # What is left takes a few rounds even if every proposal comes true, and more than are under way at once.
             after = rng.randrange(len(expected[params]) - _LEFT)
 
@@ -192,7 +195,7 @@ class TestLostUnderWay:
         """A service that is there and stops answering, from the first round or from the third."""
 
         async def check(address):
-            async with SpeculativeClient(bf16.target.address, address, draft_length=2, draft_timeout=1.0) as client:
+            async with SpeculativeClient(bf16.target.address, address, draft_length=2, draft_timeout=4.0) as client:
                 return await client.generate(prompt, PARAMS)
 
         for behaviour, round in ((hanging, 3), (mute, 1)):
@@ -213,7 +216,7 @@ class TestLostUnderWay:
         told = prophet({prompt: expected[PARAMS]})
 
         async def check(address):
-            async with SpeculativeClient(bf16.target.address, address) as client:
+            async with SpeculativeClient(bf16.target.address, address, draft_timeout=UNHURRIED) as client:
                 return await client.generate(prompt, PARAMS)
 
         with serving(slow) as fake:
@@ -226,25 +229,31 @@ class TestBackUnderWay:
     """A draft that comes back in the middle of a generation is used again within two seconds.
 
     A busy machine may take longer now and then, hence the tries; tests/client/test_failover.py has the law itself, in
-    virtual time.
+    virtual time. The tokens have to be the same in each of them.
     """
 
     @staticmethod
     def in_time(attempt):
-        """Makes an attempt, which returns seconds, until these are few enough, three times at most."""
-        measured = []
-        while len(measured) < 3 and (not measured or measured[-1] >= _BACK):
-            measured.append(attempt())
-        assert measured[-1] < _BACK, measured
+        """Makes an attempt, which returns statistics and seconds, until it is one loss and one return in time: three
+        times at most."""
+        seen = []
+        for _ in range(3):
+            stats, back = attempt()
+            changes = [change.proposer for change in stats.proposer_changes]
+            seen.append((changes, stats.draft_losses, stats.draft_returns, stats.proposer))
+            if seen[-1] == (["ngram", "model"], 1, 1, "model") and back < _BACK:
+                return
+            seen[-1] += (back,)
+        raise AssertionError(seen)
 
     @staticmethod
     async def go_through(client, params, prompt, accident, mend):
         """A generation that loses its draft by an accident, and has it back after `mend`, at whose end that is there.
 
-        Returns the result, and how long it took from there until the draft was used again, in seconds.
+        Returns the result, and how long it took from there until the draft was used again, in seconds; inf: it was not.
         """
         async with client.stream(prompt, params) as stream:
-            chunks, mending, mended, back = 0, None, None, None
+            chunks, mending, mended, back = 0, None, None, math.inf
             async for chunk in stream:
                 chunks += 1
                 proposer = stream.stats.proposer
@@ -255,19 +264,11 @@ class TestBackUnderWay:
                 if mending is not None and mended is None and mending.done():
                     await mending
                     mended = time.monotonic()
-                if mended is not None and back is None and Source.MODEL in {token.source for token in chunk.tokens}:
-                    back = time.monotonic() - mended
+                if mended is not None and Source.MODEL in {token.source for token in chunk.tokens}:
+                    back = min(back, time.monotonic() - mended)
                 # Whoever reads slowly makes a generation long.
-                await asyncio.sleep(0.5 if mending is not None and mended is None else 0.01)
-        assert back is not None, "the draft was not used again"
+                await asyncio.sleep(0.01 if mending is None or back < math.inf else 0.5 if mended is None else 0.05)
         return stream.result, back
-
-    def check(self, result, tokens):
-        """The same tokens, one loss, and one return."""
-        assert result.token_ids == tokens
-        assert [change.proposer for change in result.stats.proposer_changes] == ["ngram", "model"]
-        assert (result.stats.draft_losses, result.stats.draft_returns) == (1, 1)
-        assert result.stats.proposer == "model"
 
     @pytest.mark.parametrize("params", [LONG, LONG_SAMPLED], ids=["greedy", "sampled"])
     def test_hung_and_woken(self, bf16, victim, prompt, expected, params):
@@ -283,9 +284,9 @@ class TestBackUnderWay:
 
         def attempt():
             result, back = run(check())
-            self.check(result, expected[params])
+            assert result.token_ids == expected[params]
             draft.wait_until_free()
-            return back
+            return result.stats, back
 
         self.in_time(attempt)
 
@@ -303,9 +304,9 @@ class TestBackUnderWay:
 
         def attempt():
             result, back = run(check(victim()))
-            self.check(result, expected[LONG])
+            assert result.token_ids == expected[LONG]
             victim().wait_until_free()
-            return back
+            return result.stats, back
 
         self.in_time(attempt)
 
@@ -363,12 +364,12 @@ class TestNotThere:
         async def check():
             with serving(behaviour) as fake:
                 address = fake.address
-                async with SpeculativeClient(bf16.target.address, address) as client:
+                async with SpeculativeClient(bf16.target.address, address, draft_timeout=UNHURRIED) as client:
                     sources = [(await generate(client)).stats.proposer]
                     fake.stop()
                     sources.append((await generate(client)).stats.proposer)
                     with serving(behaviour, listen=address):
-                        deadline = time.monotonic() + 10
+                        deadline = time.monotonic() + 60
                         while (proposer := (await generate(client)).stats.proposer) != "model":
                             assert time.monotonic() < deadline
                         sources.append(proposer)
@@ -433,7 +434,7 @@ class TestAnotherVocabulary:
         fingerprint = bf16.target.info().fingerprint
         fingerprint.chat_template_sha256 = "00" * 32
         with serving(prophet({prompt: expected[PARAMS]}), fingerprint=fingerprint) as fake:
-            result = run(_generate(bf16.target.address, fake.address, prompt, PARAMS))
+            result = run(_generate(bf16.target.address, fake.address, prompt, PARAMS, draft_timeout=UNHURRIED))
         assert result.token_ids == expected[PARAMS]
         assert result.stats.accepted_by_source == {Source.MODEL: result.stats.proposed}
 

@@ -14,7 +14,7 @@ from specpair.v1 import target_pb2, target_pb2_grpc
 
 from ..deploy.exported import exported, registries
 from .metrics import Scrape, address
-from .processes import DEMO, run, wait_for
+from .processes import DEMO, UNHURRIED, run, wait_for
 from .sessions import ids_prompt
 
 TOKENS = 48
@@ -111,7 +111,8 @@ def test_what_is_read_when_somebody_looks(target, draft):
     """Slots in use, the phase and recompilations are those of the moment; the process is described."""
 
     async def check():
-        async with SpeculativeClient(target.address, draft.address) as client, client.session() as session:
+        client = SpeculativeClient(target.address, draft.address, draft_timeout=UNHURRIED)
+        async with client, client.session() as session:
             await session.generate("x = 1\n", SamplingParams(max_new_tokens=4))
             return Scrape.of(target), Scrape.of(draft)
 

@@ -22,7 +22,7 @@ SAMPLED = SamplingParams(max_new_tokens=COUNT, temperature=0.8, top_p=0.95, seed
 # Seconds that end a generation whose bytes vanish on the way to the target, and any other. What comes on top stands for
 # "does not hang".
 SHORT, LONG = 1.5, 20.0
-SLACK = 3.0
+SLACK = 10.0
 # Who asks at the same time: parameters, proposer, blocks ahead of their verdicts.
 ASKED = [(GREEDY, "model", 0), (SAMPLED, "model", 2), (SAMPLED, "none", 0), (GREEDY, "ngram", 0)]
 

@@ -13,7 +13,7 @@ from specpair import SamplingParams, SpeculativeClient, UnavailableError
 
 from ..amounts import runs
 from .conftest import BF16_LENGTH, FP32_LENGTH
-from .processes import DEMO, run
+from .processes import DEMO, UNHURRIED, run
 from .test_turns import TEMPLATE
 
 TOKENS = 320
@@ -103,7 +103,8 @@ async def all_interrupted(addresses, draft, prompt, accident, chance):
 
     async def generate(kind, params, middle):
         address = draft.address if kind == "model" else kind
-        async with SpeculativeClient(addresses, address, resume_timeout=PATIENCE) as client:
+        options = {"resume_timeout": PATIENCE, "draft_timeout": UNHURRIED}
+        async with SpeculativeClient(addresses, address, **options) as client:
             return await interrupted(client, prompt, params, chance.randrange(LATEST), middle)
 
     async with asyncio.TaskGroup() as together:

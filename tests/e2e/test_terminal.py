@@ -183,6 +183,15 @@ class TestChat:
         assert len(re.findall(r"\d tokens/s\s+>", chat.text)) == 2
         assert chat.settings() == chat.settings_before
 
+    def test_terminated(self, fp32, terminal, tmp_path):
+        """SIGTERM ends it at once, and leaves the terminal as it was."""
+        chat = terminal("chat", "--plain", "--no-history", *flags(fp32), XDG_CONFIG_HOME=str(tmp_path))
+        chat.until(r"Ctrl-D ends\.\s+>")
+        assert chat.settings() != chat.settings_before
+        chat.process.send_signal(signal.SIGTERM)
+        assert chat.wait() == -signal.SIGTERM
+        assert chat.settings() == chat.settings_before
+
     def test_conversation(self, launch, tmp_path_factory):
         """With a chat template lines are messages; without one the command says what to do."""
         model = tmp_path_factory.mktemp("templated") / "target"

@@ -82,7 +82,8 @@ class TestTurns:
 
         async def check():
             log = ()
-            async with SpeculativeClient(target, draft) as client, client.session() as session:
+            client = SpeculativeClient(target, draft, draft_timeout=UNHURRIED)
+            async with client, client.session() as session:
                 for prompt in (prompts[7], *LATER_TURNS):
                     result = await session.generate(prompt, params)
                     if isinstance(prompt, tuple):

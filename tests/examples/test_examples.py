@@ -100,8 +100,9 @@ def test_retries_that_give_up(replica, target, draft):
         session.generate("import sys", SamplingParams(max_new_tokens=4))
         # Its last try may be refused, or still be on its way when the time is over.
         _, said = run("retries", within=5, expect=(3, 4), **addresses)
-        assert re.match(r"full \(KV_SLOTS_EXHAUSTED\): again in \d+\.\d s\n", said)
-        assert "\nstill full: KV_SLOTS_EXHAUSTED" in said or "\nout of time: " in said
+        # And its first one, where coming back takes longer than there is time.
+        tries = r"(full \(KV_SLOTS_EXHAUSTED\): again in \d+\.\d s\n)*"
+        assert re.match(tries + "(still full: KV_SLOTS_EXHAUSTED|out of time: )", said)
     with socket.socket() as reserved:  # bound, but not listening
         reserved.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{reserved.getsockname()[1]}"

@@ -102,7 +102,7 @@ class TestToxics:
 
     def test_latency(self, proxy, server, way):
         """Bytes are late in this direction alone, and many are under way at once."""
-        proxy.afflict(way, latency=0.5)
+        proxy.afflict(way, latency=2.0)
         with ends(proxy, server) as both:
             sender, receiver = along(way, both)
             begun = time.monotonic()
@@ -110,11 +110,11 @@ class TestToxics:
                 sender.sendall(bytes([n]))
                 time.sleep(0.01)
             assert receive(receiver, 10) == bytes(range(10))
-            assert 0.59 <= time.monotonic() - begun < 5.0
+            assert 2.09 <= time.monotonic() - begun < 10.0
             receiver.sendall(b"quick")
             begun = time.monotonic()
             assert receive(sender, 5) == b"quick"
-            assert time.monotonic() - begun < 0.5
+            assert time.monotonic() - begun < 2.0
 
     def test_jitter(self, proxy, server, way):
         """Bytes stay in order however much their latency varies."""

@@ -15,7 +15,7 @@ from ..proxy import TcpProxy
 def test_its_stream_ends(running, monkeypatch):
     """The service asks a silent connection whether anybody is there, and ends the calls of one that does not answer;
     a client that is idle and answers stays."""
-    limits = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
+    limits = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 4000, "grpc.http2.ping_timeout_ms": 4000}
     monkeypatch.setattr(server, "_OPTIONS", tuple((name, limits.get(name, value)) for name, value in server._OPTIONS))
 
     async def check():
@@ -28,7 +28,7 @@ def test_its_stream_ends(running, monkeypatch):
                     for stream in (vanishing, idle):
                         await stream.write(target_pb2.VerifyRequest())
                         await stream.read()
-                    await asyncio.sleep(3)
+                    await asyncio.sleep(6)
                     assert service.servicer.open_sessions == 2, "clients that answer were taken for gone"
                     proxy.afflict(stall=True)
                     await service.until(lambda: service.servicer.open_sessions == 1)

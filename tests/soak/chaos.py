@@ -76,7 +76,8 @@ class Victim:
 
 
 class Chaos:
-    """Kills target and draft in turn, one every `interval` seconds by the clock, with a lesser accident in between.
+    """Kills target and draft in turn, one every `interval` seconds by the clock, beside lesser accidents, of which each
+    comes that long after the last one.
 
     While the one whose turn it is has not come back from its last death, the other one is killed in its place. `events`
     counts what has happened, a kill when the service is back, and under `NOBODY` the moments at which neither was there
@@ -108,13 +109,15 @@ class Chaos:
         return min(self.events[kill] for kill in _KILLS)
 
     async def rage(self) -> None:
-        """Until it is cancelled; what has begun is brought to its end."""
+        """Until it is cancelled; what has begun is brought to its end. Raises what a kill or an accident raises."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
         disturbing = asyncio.create_task(self._disturb())
         try:
             for number in itertools.count(1):
                 await asyncio.sleep(begin + number * self._interval - loop.time())
+                if disturbing.done():
+                    disturbing.result()
                 self._kill_one(_KILLS[number % 2 - 1], _KILLS[number % 2])
         finally:
             disturbing.cancel()
@@ -122,6 +125,7 @@ class Chaos:
             for failure in ended:
                 if isinstance(failure, Exception):
                     raise failure
+            self.events.update(list(self._starting))
 
     def _kill_one(self, *names: str) -> None:
         """The first of them that lives."""

@@ -96,13 +96,18 @@ async def soak(plan: Plan, target: Service, draft: Service, models: tuple[Path, 
         chaos = Chaos(killed_target, killed_draft, plan.interval)
         begun = time.monotonic()
 
-        def go_on() -> bool:
-            return time.monotonic() - begun < plan.seconds or not chaos.rounds
-
         outcome.events = chaos.events
         left = {"client": os.getpid(), "target": target.process.pid, "draft": draft.process.pid}
         steady = {name: Life(pid) for name, pid in left.items()}
-        async with _meanwhile(chaos.rage()), _meanwhile(_sample(plan, steady, killed_target, killed_draft)):
+        async with (
+            _meanwhile(chaos.rage()) as raging,
+            _meanwhile(_sample(plan, steady, killed_target, killed_draft)) as sampling,
+        ):
+
+            def go_on() -> bool:
+                enough = time.monotonic() - begun >= plan.seconds and chaos.rounds
+                return not (enough or raging.done() or sampling.done())
+
             addresses = killed_target.proxy.address, killed_draft.proxy.address
             await asyncio.gather(
                 ask_all(*addresses, plan.clients, known, outcome.disturbed, go_on),
@@ -125,11 +130,11 @@ async def _sample(plan: Plan, steady: dict[str, Life], *victims: Victim) -> None
 
 
 @contextlib.asynccontextmanager
-async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Work without end beside the block; its failure is the block's."""
-    task = asyncio.ensure_future(work)
+async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Work without end beside the block, unless it fails; that failure is the block's."""
+    task = asyncio.create_task(work)
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

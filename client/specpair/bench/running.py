@@ -182,14 +182,12 @@ async def _draft_token_seconds(options: Options, prompts: Sequence[tuple[int, ..
 
 
 def _print(outcome: Outcome) -> None:
-    # A file takes the whole table.
-    width = None if stdout.is_terminal else 120
     for sweep in outcome.sweeps:
-        stdout.print(sweep_table(sweep), width=width)
+        stdout.print(sweep_table(sweep))
         for line in sweep.skipped:
             stdout.print(f"skipped: {line}")
     if outcome.comparisons:
-        stdout.print(comparison_table(outcome.comparisons), width=width)
+        stdout.print(comparison_table(outcome.comparisons))
         if outcome.draft_token_ms is not None:
             stdout.print(f"a draft token takes {outcome.draft_token_ms:.2f} ms")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import termios
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
@@ -58,17 +60,29 @@ class PromptReader:
 def ctrl_d_as_a_key(terminal: int) -> Iterator[None]:
     """Has Ctrl-D that is typed into an answer wait for the prompt, as all else that is typed then.
 
-    Between prompts the terminal collects lines, and would take it for an end of file that nobody reads.
+    Between prompts the terminal collects lines, and would take it for an end of file that nobody reads. The terminal
+    is left as it was, by SIGTERM too.
     """
     before = termios.tcgetattr(terminal)
     changed = termios.tcgetattr(terminal)
     changed[6][termios.VEOF] = os.fpathconf(terminal, "PC_VDISABLE").to_bytes()
+
+    def restore() -> None:
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        restore()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    handler = signal.signal(signal.SIGTERM, end)
     termios.tcsetattr(terminal, termios.TCSANOW, changed)
     try:
         yield
     finally:
-        with contextlib.suppress(termios.error):  # it is gone
-            termios.tcsetattr(terminal, termios.TCSANOW, before)
+        restore()
+        signal.signal(signal.SIGTERM, handler)
 
 
 def history_file() -> Path:
