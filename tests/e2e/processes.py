@@ -106,8 +106,10 @@ class Service:
 
     @property
     def text(self):
-        """Everything that the process wrote."""
-        return self.log.read_bytes()[self._begin :].decode(errors="replace")
+        """Everything that the process wrote; what others wrote before it may be long."""
+        with self.log.open("rb") as file:
+            file.seek(self._begin)
+            return file.read().decode(errors="replace")
 
     def entries(self):
         """Log lines so far."""
