@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engines import CACHE, Buildah, Docker, Engine, Running
@@ -98,7 +98,7 @@ def check_image(engine: Engine, name: str) -> None:
     version = engine.run(tag, ["specpair", "--version"], name)
     print(f"{tag}: {engine.size(tag) / 1e6:.0f} MB, specpair {version}, {json.dumps(found)}", flush=True)
     assert engine.config(tag)["User"] == "10001:10001"
-    assert found["user"] == [10001, 10001, []] or found["user"] == [10001, 10001, [10001]]
+    assert found["user"] in ([10001, 10001, []], [10001, 10001, [10001]])
     assert int(found["capabilities"], 16) == 0
     assert found["torch"] == (name != "client")
     assert bool(found["compilers"]) == (name == "compiling")
@@ -110,7 +110,7 @@ def check_image(engine: Engine, name: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, name: str, settings: Mapping[str, str], within: float):  # type: ignore[no-untyped-def] # noqa: ANN201
+def serving(engine: Engine, name: str, settings: Mapping[str, str], within: float) -> Iterator[None]:
     """A service that its image's health command calls healthy; it has to end by SIGTERM with status 0."""
     role = "draft" if name == "draft" else "target"
     upper = role.upper()
@@ -124,7 +124,7 @@ def serving(engine: Engine, name: str, settings: Mapping[str, str], within: floa
             assert time.monotonic() < begin + within, f"not healthy within {within} s"
             time.sleep(1)
         print(f"{IMAGES[name]}: healthy after {time.monotonic() - begin:.0f} s", flush=True)
-        yield service
+        yield
         status = service.stop()
         assert status == 0, f"exit status {status}"
         print(f"{IMAGES[name]}: ended by SIGTERM with status 0", flush=True)

@@ -240,10 +240,10 @@ class TestBackUnderWay:
         for _ in range(3):
             stats, back = attempt()
             changes = [change.proposer for change in stats.proposer_changes]
-            seen.append((changes, stats.draft_losses, stats.draft_returns, stats.proposer))
-            if seen[-1] == (["ngram", "model"], 1, 1, "model") and back < _BACK:
+            story = (changes, stats.draft_losses, stats.draft_returns, stats.proposer)
+            if story == (["ngram", "model"], 1, 1, "model") and back < _BACK:
                 return
-            seen[-1] += (back,)
+            seen.append((story, back))
         raise AssertionError(seen)
 
     @staticmethod
