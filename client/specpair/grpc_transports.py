@@ -85,9 +85,13 @@ def _translated() -> Iterator[None]:
         # grpc raises it for a call that was cancelled here, too: then nobody has cancelled this task.
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
-        raise UnavailableError("the call was ended on this side", reason=CLOSED) from None
+        raise _given_up() from None
     except aio.UsageError:
         raise UnavailableError("the client is closed", reason=CLOSED) from None
+
+
+def _given_up() -> UnavailableError:
+    return UnavailableError("the call was ended on this side", reason=CLOSED)
 
 
 class _GrpcStream(Generic[Sent, Received]):
@@ -103,6 +107,7 @@ class _GrpcStream(Generic[Sent, Received]):
         self._encode = encode
         self._reading: asyncio.Future[Any] | None = None
         self._writing: asyncio.Future[None] | None = None
+        self._cancelled = False
 
     async def send(self, message: Sent) -> None:
         await self._write(self._encode(message))
@@ -126,7 +131,7 @@ class _GrpcStream(Generic[Sent, Received]):
                 pass
 
     def cancel(self) -> None:
-        self._call.cancel()
+        self._cancelled |= self._call.cancel()  # false: it had ended before
         if self._writing is not None:
             # A call that has not got as far as its metadata never wakes who waits to write.
             self._writing.cancel()
@@ -149,7 +154,9 @@ class _GrpcStream(Generic[Sent, Received]):
         raise await self._status()
 
     async def _status(self) -> SpecpairError:
-        """Why the service has ended the call. What it said before is of no use to who wants to say more."""
+        """Why the call has ended. What the service said before is of no use to who wants to say more."""
+        if self._cancelled:
+            return _given_up()
         call = self._call
         if (code := await call.code()) is grpc.StatusCode.OK:
             return ProtocolError("the service ended the stream early", reason=STREAM_ENDED)

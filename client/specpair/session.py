@@ -23,7 +23,7 @@ from specpair.request_ids import request_id_of
 from specpair.results import Chunk, Result
 from specpair.resuming import Way
 from specpair.stream import TokenStream
-from specpair.transports import Receiver
+from specpair.transports import CLOSED, Receiver
 from specpair.turn import Turn
 
 __all__ = ["Session", "follow"]
@@ -177,18 +177,23 @@ class Session:
     def _whole(self, turn: Turn) -> Iterator[None]:
         """Lets one turn in at a time; one that does not reach its end takes the session with it."""
         if self._ended:
-            raise UnavailableError(f"the session has ended: {self._ended}", reason=SESSION_ENDED)
+            raise self._over()
         if self._under_way:
             raise RuntimeError("the session's last turn has not reached its end")
         self._turn = turn
         try:
             yield
         except BaseException as error:
+            if self._ended and isinstance(error, UnavailableError) and error.reason in (CLOSED, SESSION_ENDED):
+                raise self._over() from None  # whatever the turn was waiting for
             if not turn.ended:
                 failed = isinstance(error, SpecpairError)
                 self._ended = self._ended or (f"a turn failed: {error}" if failed else "a turn was left before its end")
                 self._cancel()
             raise
+
+    def _over(self) -> UnavailableError:
+        return UnavailableError(f"the session has ended: {self._ended}", reason=SESSION_ENDED)
 
     def _cancel(self) -> None:
         self._connection.cancel()

@@ -127,24 +127,53 @@ def test_a_chain_of_blocks_over_grpc():
     assert (result.stats.stale, result.stats.proposer_changes) == (0, ())
 
 
-def test_closing_a_session_ends_a_turn_that_waits_elsewhere():
-    """Whoever waits for the next chunk in another task gets an error of this package, and is not cancelled."""
-    target = TargetServicer(delay=0.2)
+@pytest.mark.parametrize("delay", [0.0, 0.2])
+def test_closing_a_session_ends_a_turn_that_waits_elsewhere(delay, caplog):
+    """Wherever the turn is, in another task, it gets an error of this package, and is not cancelled. Nobody takes the
+    target for lost."""
+    target = TargetServicer(delay=delay)
     with serving(target) as address:
 
         async def work():
             async with SpeculativeClient(address, "ngram") as client:
                 session = client.session()
-                waiting = asyncio.create_task(session.generate(PROMPT))
+                waiting = asyncio.create_task(session.generate(PROMPT, SamplingParams(max_new_tokens=100_000)))
                 async with asyncio.timeout(10):
                     while not target.starts:  # noqa: ASYNC110 - it is another thread's
                         await asyncio.sleep(0.005)
                 await session.aclose()
-                with pytest.raises(UnavailableError, match="ended on this side"):
+                with pytest.raises(UnavailableError, match="the session has ended: it was closed") as ended:
                     await waiting
+                assert ended.value.reason == "SESSION_ENDED"
                 assert not waiting.cancelled()
                 assert target.ended.wait(5)
 
+        run(work)
+    assert not caplog.records
+
+
+def test_a_stream_that_was_given_up_is_not_lost():
+    """Whatever is still tried on it says that this side has ended it, which nobody resumes after."""
+
+    async def work():
+        service = GrpcTarget(address)
+        stream = await service.verify(Start(PROMPT, SamplingParams()))
+        assert isinstance(await stream.receive(), Started)
+        stream.cancel()
+        for attempt in (
+            stream.send(Block(1, 2, 5, (), Source.TARGET)),
+            stream.receive(),
+            stream.send(Block(1, 2, 5, (), Source.TARGET)),
+            stream.receive(),
+            stream.finish(),
+        ):
+            with pytest.raises(UnavailableError) as ended:
+                await attempt
+            assert ended.value.reason == "CLOSED"
+        stream.cancel()
+        await service.close()
+
+    with serving(TargetServicer(delay=0.05)) as address:
         run(work)
 
 
