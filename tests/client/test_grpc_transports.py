@@ -152,31 +152,6 @@ def test_closing_a_session_ends_a_turn_that_waits_elsewhere(delay, caplog):
     assert not caplog.records
 
 
-def test_a_stream_that_was_given_up_is_not_lost():
-    """Whatever is still tried on it says that this side has ended it, which nobody resumes after."""
-
-    async def work():
-        service = GrpcTarget(address)
-        stream = await service.verify(Start(PROMPT, SamplingParams()))
-        assert isinstance(await stream.receive(), Started)
-        stream.cancel()
-        for attempt in (
-            stream.send(Block(1, 2, 5, (), Source.TARGET)),
-            stream.receive(),
-            stream.send(Block(1, 2, 5, (), Source.TARGET)),
-            stream.receive(),
-            stream.finish(),
-        ):
-            with pytest.raises(UnavailableError) as ended:
-                await attempt
-            assert ended.value.reason == "CLOSED"
-        stream.cancel()
-        await service.close()
-
-    with serving(TargetServicer(delay=0.05)) as address:
-        run(work)
-
-
 @pytest.mark.parametrize("mode", ["model", "ngram"])
 def test_rejection_rule(mode):
     """A model draft's probabilities reach the target with its ids; prompt lookup is certain and sends none."""

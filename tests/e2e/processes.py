@@ -17,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specpair.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
+from ..proxy import bound
+
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
 # Bounds that stand for "does not hang", in seconds.
@@ -67,10 +69,12 @@ class Service:
         self._listen = listen
         self._env = env or {}
         self._connect = connect
-        self._start("127.0.0.1:0")
+        # Nobody else gets the port, also between two lives of the service.
+        self._place = bound(0)
+        self._start()
 
-    def _start(self, listen):
-        placed = [f"--listen={listen}", "--threads=1"] if self._listen else []
+    def _start(self):
+        placed = [f"--listen=127.0.0.1:{self._place.getsockname()[1]}", "--threads=1"] if self._listen else []
         with self.log.open("ab") as output:
             self._begin = output.tell()
             self.process = subprocess.Popen(
@@ -146,9 +150,8 @@ class Service:
     def restart(self):
         """Starts the process again at the address that it had. `address` waits until it is healthy."""
         assert not self.alive, f"{self.role} still runs"
-        address = self._address
         self._channel.close()
-        self._start(address)
+        self._start()
 
     def ask_to_stop(self):
         """Ends the process as an operator would; `wait` waits for it."""
@@ -167,6 +170,7 @@ class Service:
             if self.alive:
                 self.process.kill()
                 self.process.wait()
+            self._place.close()
             assert not leftovers(self.process.pid), f"{self.role} left processes behind"
 
     def _listening(self):

@@ -48,16 +48,14 @@ def expected(bf16_target, prompt):
 
 @pytest.fixture(scope="module")
 def victim(launch):
-    """Returns a draft service that may be hung and killed: the last one if it still lives, else one at its address."""
-    victims = []
+    """Returns a draft service that may be hung and killed. If it has been it lives again."""
+    draft = launch("draft", f"--model={DEMO / 'draft'}", "--slots=2")
 
     def living():
-        if not victims or not victims[-1].alive:
-            listen = victims[-1].address if victims else "127.0.0.1:0"
-            flags = (f"--model={DEMO / 'draft'}", "--slots=2", "--threads=1", f"--listen={listen}")
-            victims.append(launch("draft", *flags, listen=False))
-            assert victims[-1].address
-        return victims[-1]
+        if not draft.alive:
+            draft.restart()
+        assert draft.address
+        return draft
 
     return living
 

@@ -24,7 +24,6 @@ from specpair import (
     SpeculativeClient,
     UnavailableError,
 )
-from specpair.errors import from_rpc_error
 from specpair.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from specpair_draft.config import DraftConfig
 from specpair_target.config import TargetConfig
@@ -206,12 +205,13 @@ class TestConfigured:
                     await anext(generated)
                     target.send(signal.SIGTERM)
                     assert (await watch.read()).status == NOT_SERVING
+                    # By then it may take no connection any more, which gives no reason; tests/serving has the reasons.
+                    with pytest.raises(grpc.RpcError) as refused:
+                        await target_pb2_grpc.TargetServiceStub(channel).Tokenize(target_pb2.TokenizeRequest())
+                    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
                     # Whoever asks what the service is first learns there that it is not ready any more.
                     with pytest.raises(UnavailableError):
                         await late.generate(prompt, params)
-                    with pytest.raises(grpc.RpcError) as refused:
-                        await target_pb2_grpc.TargetServiceStub(channel).Tokenize(target_pb2.TokenizeRequest())
-                    assert from_rpc_error(refused.value).reason == "DRAINING"
                     for stream in (verified, generated):
                         async for _ in stream:
                             pass

@@ -9,7 +9,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import termios
 import threading
@@ -19,6 +18,7 @@ import pytest
 
 from specpair import SamplingParams, SpeculativeClient
 
+from ..proxy import bound
 from .processes import DEMO, environment, run, script, wait_for
 
 SPECPAIR = script("specpair")
@@ -266,10 +266,15 @@ class TestTerminal:
 class TestStarting:
     """Commands that wait for a service that has just been started."""
 
-    def test_phases(self, launch, terminal):
+    @pytest.fixture
+    def place(self):
+        """Keeps a port from others until a service listens there."""
+        with bound(0) as place:
+            yield place
+
+    def test_phases(self, place, launch, terminal):
         """Bars in a terminal and lines elsewhere, from ModelInfo, until it serves; then commands go on."""
-        with socket.create_server(("127.0.0.1", 0)) as reserved:
-            address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        address = f"127.0.0.1:{place.getsockname()[1]}"
         options = [f"--model={DEMO / 'target'}", "--slots=1", "--max-length=256", "--threads=1"]
         waiting = subprocess.Popen(
             [SPECPAIR, "health", f"--target={address}", "--wait=180", "--json"],
@@ -290,9 +295,9 @@ class TestStarting:
         assert json.loads(output) == {"target": {"address": address, "serving": True}}
         lines = error.decode().splitlines()
         assert lines[0].startswith(f"target {address}: not reachable")
-        assert any(line.startswith(f"target {address}: loading") for line in lines)
+        assert any(re.match(rf"target {address}: (loading|warming up)", line) for line in lines)
         assert lines[-1] == f"target {address}: ready"
         assert shown.wait(180) == 0
-        assert re.search(r"loading .*%", shown.text)
+        assert re.search(r"(loading|warming up) .*%", shown.text)
         assert "LlamaForCausalLM" in shown.text
         assert service.address == address

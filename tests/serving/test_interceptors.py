@@ -125,6 +125,9 @@ def test_client_streaming_is_wrapped_too():
                         await call(iter([b"crash"]))
                     assert failed.value.code() is grpc.StatusCode.INTERNAL
                     assert "secret" not in failed.value.details()
+                    async with asyncio.timeout(10):
+                        while len(calls) < 3:  # noqa: ASYNC110 - a line follows its status
+                            await asyncio.sleep(0.005)
                 assert [line["status"] for line in calls] == ["OK", "INVALID_ARGUMENT", "INTERNAL"]
         finally:
             await server.stop(None)
