@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from specpair.errors import DeadlineError, DraftMismatchError, SpecpairError, UnavailableError
 from specpair.messages import Fingerprint, ModelInfo, Phase
-from specpair.transports import DraftTransport, TargetTransport
+from specpair.transports import CLOSED, DraftTransport, TargetTransport
 
 __all__ = ["Agreement", "Pairing", "compare"]
 
@@ -87,7 +87,7 @@ class Pairing:
             raise target
         self._known = target if target.fingerprint is not None else None
         size = target.fingerprint.vocabulary_size if target.fingerprint else None
-        if isinstance(draft, SpecpairError):
+        if isinstance(draft, SpecpairError) and draft.reason != CLOSED:
             return Agreement(size, refusal=f"draft unreachable: {draft.message}")
         if isinstance(draft, BaseException):
             raise draft

@@ -217,7 +217,8 @@ class Link:
         pause = min(_FIRST_RETRY * 2.0**self._failures, _LONGEST_RETRY)
         self._retry_at = self._now() + (pause if failure.retry_after is None else failure.retry_after)
         self._failures += 1
-        self._note(reason)
+        if failure.reason != transports.CLOSED:  # else nobody goes on
+            self._note(reason)
 
     def _own(self, failure: SpecpairError, permit: Permit, since: float) -> bool:
         """Whether a failure says nothing about the service's use to other sessions."""

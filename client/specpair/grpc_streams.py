@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -19,6 +20,8 @@ __all__ = ["GrpcStream", "translated"]
 
 # Seconds that the status of a call which takes no message any more may be on its way. It is here, but for a fault.
 _STATUS = 5.0
+# Of gRPC's inner call: sends bytes, and does nothing to the call where that fails.
+_SEND = "send_serialized_message"
 
 Received = TypeVar("Received")
 Sent = TypeVar("Sent")
@@ -59,6 +62,14 @@ class GrpcStream(Generic[Sent, Received]):
         self._reading: asyncio.Future[Any] | None = None
         self._writing: asyncio.Future[None] | None = None
 
+    async def begin(self, first: Message) -> None:
+        """Sends the first message. Whoever does not see it sent gives the call up."""
+        try:
+            await self._write(first)
+        except BaseException:
+            self.cancel()
+            raise
+
     async def send(self, message: Sent) -> None:
         await self._write(self._encode(message))
 
@@ -76,7 +87,8 @@ class GrpcStream(Generic[Sent, Received]):
             if self._writing is not None:
                 await asyncio.wait((self._writing,))
             if isinstance(self._call, aio.StreamStreamCall):
-                await self._call.done_writing()
+                with contextlib.suppress(aio.InternalError):  # it has just ended: reading says how
+                    await self._call.done_writing()
             while await self._read() is not aio.EOF:
                 pass
 
@@ -93,7 +105,7 @@ class GrpcStream(Generic[Sent, Received]):
         if self._call is None:
             raise _given_up()
         if self._reading is None:
-            self._reading = _on_its_own(self._call.read())
+            self._reading = _on_its_own(self._call.read)
         response = await asyncio.shield(self._reading)
         self._reading = None
         return response
@@ -101,7 +113,7 @@ class GrpcStream(Generic[Sent, Received]):
     async def _write(self, request: Message) -> None:
         if self._call is None:
             raise _given_up()
-        self._writing = _on_its_own(_write_behind(self._writing, self._call, request))
+        self._writing = _on_its_own(partial(_write_behind, self._writing, self._call, request))
         with translated():
             try:
                 await asyncio.shield(self._writing)
@@ -128,33 +140,19 @@ class GrpcStream(Generic[Sent, Received]):
             return ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
         return explained(from_rpc_error(ended))
 
-    @classmethod
-    async def open(
-        cls, call: _Call, first: Message, decode: Callable[[Any], Received], encode: Callable[[Sent], Message]
-    ) -> GrpcStream[Sent, Received]:
-        """Sends the first message of a call."""
-        stream = cls(call, decode, encode)
-        del call  # a failure's traceback leads here, too
-        try:
-            await stream._write(first)
-        except BaseException:
-            stream.cancel()
-            raise
-        return stream
-
 
 def _given_up() -> UnavailableError:
     return UnavailableError("the call was ended on this side", reason=CLOSED)
 
 
 async def _write_behind(last: asyncio.Future[None] | None, call: _Call, request: Message) -> None:
-    """Raises InvalidStateError if the call has ended."""
+    """Raises InvalidStateError if the call has ended, or its status where there never was a connection."""
     assert isinstance(call, aio.StreamStreamCall)
     if last is not None and not last.done():
         await last
     # A call's own `write` may meet an end whose status has come and is not known yet. It then makes one up, INTERNAL,
     # and what the service said is lost. So this is `write` without that.
-    send = getattr(getattr(call, "_cython_call", None), "send_serialized_message", None)
+    send = getattr(getattr(call, "_cython_call", None), _SEND, None)
     if send is None:  # another version of gRPC
         await call.write(request)
         return
@@ -167,16 +165,18 @@ async def _write_behind(last: asyncio.Future[None] | None, call: _Call, request:
         raise asyncio.InvalidStateError from None
 
 
-def _on_its_own(work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+def _on_its_own(work: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
     """A task that nobody needs to wait for in the end."""
     task = asyncio.ensure_future(_traceless(work))
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
 
 
-async def _traceless(work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - what gRPC brings
+async def _traceless(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401 - what gRPC brings
     """Without the part of a failure's traceback that leads to the call."""
+    begun = work()
+    del work
     try:
-        return await work
+        return await begun
     except grpc.RpcError as failed:
         raise failed.with_traceback(None)  # noqa: B904 - it is the same one

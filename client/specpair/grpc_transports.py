@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
 
 from grpc import aio
 
@@ -64,6 +65,7 @@ _PROPOSE = "specpair.v1.DraftService/Propose"
 _SERVING = b"\x08\x01"
 
 Made = TypeVar("Made", bound=aio.Call)
+Opened = TypeVar("Opened", bound=GrpcStream[Any, Any])
 _Metadata = tuple[tuple[str, str], ...]
 
 
@@ -78,6 +80,7 @@ class _GrpcService:
         self.address = address
         self._access = Access(address, credentials)
         self._opened: aio.Channel | None = None
+        self._streams = WeakSet[GrpcStream[Any, Any]]()
         self._closed = False
 
     @property
@@ -112,8 +115,16 @@ class _GrpcService:
         with translated():
             return await check(b"", timeout=within) == _SERVING
 
+    def _stream(self, stream: Opened) -> Opened:
+        """A stream of this service, which ends with it."""
+        self._streams.add(stream)
+        return stream
+
     async def close(self) -> None:
         self._closed = True
+        # Not left to gRPC: what waits for a connection would wait on, and what is ended by it says otherwise.
+        for stream in tuple(self._streams):
+            stream.cancel()
         if self._opened is not None:
             await self._opened.close()
 
@@ -132,21 +143,25 @@ class GrpcTarget(_GrpcService):
             return wire.model_info(response.info)
 
     async def verify(self, start: Start, within: float | None = None) -> VerifyStream:
-        first = wire.verify_request(start)
-        stub = self._stub
-        return await GrpcStream[Block | Extend, Started | Verdict].open(
+        stub, first = self._stub, wire.verify_request(start)
+        stream = GrpcStream[Block | Extend, Started | Verdict](
             self._call(_VERIFY, start.request, lambda metadata: stub.Verify(timeout=within, metadata=metadata)),
-            first,
             wire.verify_response,
             wire.verify_request,
         )
+        await self._stream(stream).begin(first)
+        return stream
 
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
         stub, request = self._stub, wire.generate_request(start)
-        call = self._call(
-            _GENERATE, start.request, lambda metadata: stub.Generate(request, timeout=within, metadata=metadata)
+        stream = GrpcStream[NoReturn, Started | Committed](
+            self._call(
+                _GENERATE, start.request, lambda metadata: stub.Generate(request, timeout=within, metadata=metadata)
+            ),
+            wire.generate_response,
+            _nothing,
         )
-        return GrpcStream[NoReturn, Started | Committed](call, wire.generate_response, _nothing)
+        return self._stream(stream)
 
     async def explain(self, question: Explain, within: float | None = None) -> tuple[PositionExplanation, ...]:
         request = wire.explain_request(question)
@@ -183,11 +198,11 @@ class GrpcDraft(_GrpcService):
             return wire.model_info(response.info)
 
     async def propose(self, start: DraftStart, within: float | None = None) -> ProposeStream:
-        first = wire.propose_request(start)
-        stub = self._stub
-        return await GrpcStream[DraftAsk | DraftStart, DraftStarted | Proposal].open(
+        stub, first = self._stub, wire.propose_request(start)
+        stream = GrpcStream[DraftAsk | DraftStart, DraftStarted | Proposal](
             self._call(_PROPOSE, start.request, lambda metadata: stub.Propose(timeout=within, metadata=metadata)),
-            first,
             wire.propose_response,
             wire.propose_request,
         )
+        await self._stream(stream).begin(first)
+        return stream

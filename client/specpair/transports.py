@@ -60,7 +60,7 @@ class Receiver(Protocol[Received]):
         ...
 
     def cancel(self) -> None:
-        """Gives the call up at once, without waiting. Does nothing when it has ended."""
+        """Gives the call up at once, without waiting. From then on all else is UnavailableError, reason CLOSED."""
         ...
 
 

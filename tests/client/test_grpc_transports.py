@@ -149,7 +149,7 @@ def test_closing_a_session_ends_a_turn_that_waits_elsewhere(delay, caplog):
                 assert target.ended.wait(5)
 
         run(work)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("specpair")]
 
 
 @pytest.mark.parametrize("mode", ["model", "ngram"])
