@@ -77,7 +77,7 @@ class GrpcStream(Generic[Sent, Received]):
         with translated():
             response = await self._read()
         if response is aio.EOF:
-            raise ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
+            raise _ended_early()
         if response is None:
             raise ProtocolError("the service sent bytes that are no message")
         return self._decode(response)
@@ -124,25 +124,27 @@ class GrpcStream(Generic[Sent, Received]):
 
     async def _status(self) -> SpecpairError:
         """Why the call has ended. What the service said before is of no use to who wants to say more."""
-        call, ended = self._call, None
-        if call is not None:
-            try:
-                async with asyncio.timeout(_STATUS):
-                    code, details = await call.code(), await call.details()
-                    ended = aio.AioRpcError(
-                        code, await call.initial_metadata(), await call.trailing_metadata(), details
-                    )
-            except TimeoutError:
-                return UnavailableError("the call takes no message and does not end")
-        if ended is None or self._call is None:  # or meanwhile
+        if (call := self._call) is None:
             return _given_up()
-        if ended.code() is grpc.StatusCode.OK:
-            return ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
-        return explained(from_rpc_error(ended))
+        try:
+            async with asyncio.timeout(_STATUS):
+                code, details = await call.code(), await call.details()
+                initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
+        except TimeoutError:
+            return UnavailableError("the call takes no message and does not end")
+        if self._call is None:  # meanwhile
+            return _given_up()
+        if code is grpc.StatusCode.OK:
+            return _ended_early()
+        return explained(from_rpc_error(aio.AioRpcError(code, initial, trailing, details)))
 
 
 def _given_up() -> UnavailableError:
     return UnavailableError("the call was ended on this side", reason=CLOSED)
+
+
+def _ended_early() -> ProtocolError:
+    return ProtocolError("the service ended the stream early", reason=STREAM_ENDED)
 
 
 async def _write_behind(last: asyncio.Future[None] | None, call: _Call, request: Message) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
 
+from google.protobuf.message import Message
 from grpc import aio
 
 from specpair import wire
@@ -120,6 +121,11 @@ class _GrpcService:
         self._streams.add(stream)
         return stream
 
+    async def _begun(self, stream: Opened, first: Message) -> Opened:
+        """The same, once it has sent its first message."""
+        await self._stream(stream).begin(first)
+        return stream
+
     async def close(self) -> None:
         self._closed = True
         # Not left to gRPC: what waits for a connection would wait on, and what is ended by it says otherwise.
@@ -149,8 +155,7 @@ class GrpcTarget(_GrpcService):
             wire.verify_response,
             wire.verify_request,
         )
-        await self._stream(stream).begin(first)
-        return stream
+        return await self._begun(stream, first)
 
     async def generate(self, start: Start, within: float | None = None) -> Receiver[Started | Committed]:
         stub, request = self._stub, wire.generate_request(start)
@@ -204,5 +209,4 @@ class GrpcDraft(_GrpcService):
             wire.propose_response,
             wire.propose_request,
         )
-        await self._stream(stream).begin(first)
-        return stream
+        return await self._begun(stream, first)
