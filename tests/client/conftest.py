@@ -24,3 +24,9 @@ def _clock() -> float:
 def loop_timed(monkeypatch):
     """What a turn measures, and what it chooses by that, are in virtual time where its loop's time is."""
     monkeypatch.setattr(turn, "Meter", partial(Meter, _clock))
+
+
+@pytest.fixture
+def said(caplog):
+    """Returns what the client has logged so far; gRPC and asyncio log, too."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("specpair")]

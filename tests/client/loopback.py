@@ -168,6 +168,32 @@ def half(token_id: int) -> common_pb2.SparseDistribution:
     return common_pb2.SparseDistribution(token_ids=[token_id, 49], probs=[0.5, 0.5])
 
 
+class Breaking(TargetServicer):
+    """Ends its first call, or `always` every one, after a few answers with a status and trailing metadata."""
+
+    def __init__(self, code: grpc.StatusCode, *trailing: tuple[str, str | bytes], always: bool = False) -> None:
+        super().__init__()
+        self.code, self.trailing, self.always = code, trailing, always
+        self.calls = 0
+
+    def _broken(self, answers, context):
+        self.calls += 1
+        breaks = self.always or self.calls == 1
+        for n, answer in enumerate(answers):
+            if breaks and n == 3:
+                context.set_trailing_metadata(self.trailing)
+                if self.code is not grpc.StatusCode.OK:
+                    context.abort(self.code, "broken")
+                return
+            yield answer
+
+    def Verify(self, requests, context):
+        return self._broken(super().Verify(requests, context), context)
+
+    def Generate(self, request, context):
+        return self._broken(super().Generate(request, context), context)
+
+
 @dataclass
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """A perfect draft, which ends its stream after `cut_after` asks."""

@@ -28,7 +28,7 @@ from specpair.grpc_transports import GrpcDraft, GrpcTarget
 from specpair.messages import Block, DraftStart, Start, Started
 
 from .fakes import continuation
-from .loopback import DraftServicer, TargetServicer, fail, serving
+from .loopback import Breaking, DraftServicer, TargetServicer, fail, serving
 
 PROMPT = (3, 4, 5)
 PARAMS = SamplingParams(max_new_tokens=30, seed=7)
@@ -53,11 +53,6 @@ def without_collector():
 def calls():
     # Not by isinstance, which asks objects of other packages for their `__class__`.
     return [each for each in gc.get_objects() if issubclass(type(each), aio.Call)]
-
-
-def said(caplog):
-    """What the client has logged; gRPC and asyncio log, too."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("specpair")]
 
 
 class Unread(TargetServicer):
@@ -95,7 +90,7 @@ def test_who_is_refused_unread_is_told_why():
         asyncio.run(work())
 
 
-def test_a_session_that_is_refused_unread_is_not_tried_again(caplog):
+def test_a_session_that_is_refused_unread_is_not_tried_again(said):
     """The caller gets the refusal of the first call, and nothing is taken for lost."""
     target = Unread()
 
@@ -108,10 +103,10 @@ def test_a_session_that_is_refused_unread_is_not_tried_again(caplog):
 
     with serving(target, DraftServicer()) as address:
         asyncio.run(work())
-    assert said(caplog) == []
+    assert said() == []
 
 
-def test_a_draft_that_is_refused_unread_says_why(caplog):
+def test_a_draft_that_is_refused_unread_says_why(said):
     """What the client's log says of a draft that is replaced is the draft service's own word."""
 
     async def work():
@@ -122,23 +117,8 @@ def test_a_draft_that_is_refused_unread_says_why(caplog):
 
     with serving(TargetServicer(), UnreadDraft()) as address:
         asyncio.run(work())
-    assert said(caplog)
-    assert all("the service stops" in line for line in said(caplog))
-
-
-class Breaking(TargetServicer):
-    """Ends its calls, with its own word, while blocks are on their way."""
-
-    def __init__(self, code):
-        super().__init__()
-        self.code = code
-
-    def Verify(self, requests, context):
-        for n, answer in enumerate(super().Verify(requests, context)):
-            if n == 3:
-                context.set_trailing_metadata([("x-request-id", "r-1")])
-                context.abort(self.code, "broken")
-            yield answer
+    assert said()
+    assert all("the service stops" in line for line in said())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +126,7 @@ class Breaking(TargetServicer):
     [(grpc.StatusCode.INTERNAL, InternalError), (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError)],
     ids=["internal", "full"],
 )
-def test_the_last_word_is_heard_by_who_sends_blocks_ahead(code, kind, caplog):
+def test_the_last_word_is_heard_by_who_sends_blocks_ahead(code, kind, said):
     """A call that ends while a block is written is not resumed where the service has said that it is not to be."""
 
     async def work():
@@ -154,9 +134,9 @@ def test_the_last_word_is_heard_by_who_sends_blocks_ahead(code, kind, caplog):
             for number in range(1, TRIES + 1):
                 with pytest.raises(kind, match="broken"):
                     await client.generate(PROMPT, PARAMS)
-                assert len(target.starts) == number, said(caplog)
+                assert len(target.starts) == number, said()
 
-    target = Breaking(code)
+    target = Breaking(code, ("x-request-id", "r-1"), always=True)
     with serving(target, DraftServicer()) as address:
         asyncio.run(work())
 
@@ -237,7 +217,7 @@ def test_closing_ends_what_waits():
 
 
 @pytest.mark.parametrize("mode", ["model", "ngram", "none"])
-def test_closing_a_client_ends_its_generations(mode, caplog):
+def test_closing_a_client_ends_its_generations(mode, said):
     """At whatever moment: they fail, and neither service is taken for lost."""
 
     async def work():
@@ -251,7 +231,7 @@ def test_closing_a_client_ends_its_generations(mode, caplog):
 
     with serving(TargetServicer(delay=0.001), DraftServicer()) as address:
         asyncio.run(work())
-    assert said(caplog) == []
+    assert said() == []
 
 
 def test_given_up_before_it_began():
@@ -304,26 +284,18 @@ def test_a_stream_that_was_given_up_is_not_lost():
         asyncio.run(work())
 
 
-class Cut(TargetServicer):
-    """Its first call ends after a few answers."""
+class Gone(Breaking):
+    """And refuses every other call."""
 
     def Verify(self, requests, context):
-        self.cut_after = 2 if not self.starts else None
-        return super().Verify(requests, context)
-
-
-class Gone(Cut):
-    """And every other one at once."""
-
-    def Verify(self, requests, context):
-        if self.starts:
+        if self.calls:
             fail(context, UnavailableError("no target is left"))
         return super().Verify(requests, context)
 
 
 def calls_left(case):
     """What a client leaves that has ended in this way, but for what the garbage collector takes."""
-    targets = {"target lost": Cut(), "target gone": Gone()}
+    targets = {"target lost": Breaking(grpc.StatusCode.OK), "target gone": Gone(grpc.StatusCode.OK)}
     # gRPC itself keeps a call in a circle that is cancelled before its beginning is known here, as that of a draft may
     # be: here it is the target's alone, which has sent something.
     under_way = case in ("out of time", "cancelled", "closed")

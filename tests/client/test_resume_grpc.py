@@ -15,38 +15,12 @@ from specpair.errors import SpecpairError, to_status
 from specpair.losses import is_lost
 
 from .fakes import continuation
-from .loopback import DraftServicer, TargetServicer, serving
+from .loopback import Breaking, DraftServicer, TargetServicer, serving
 
 PROMPT = (3, 4, 5)
 COUNT = 30
 PARAMS = SamplingParams(max_new_tokens=COUNT, seed=7)
 EXPECTED = continuation(PROMPT, COUNT, 7)
-
-
-class Breaking(TargetServicer):
-    """Ends its first call after a few answers with a status and trailing metadata."""
-
-    def __init__(self, code, *trailing):
-        super().__init__()
-        self.code, self.trailing = code, trailing
-        self.calls = 0
-
-    def _broken(self, answers, context):
-        self.calls += 1
-        first = self.calls == 1
-        for n, answer in enumerate(answers):
-            if first and n == 3:
-                context.set_trailing_metadata(self.trailing)
-                if self.code is not grpc.StatusCode.OK:
-                    context.abort(self.code, "broken")
-                return
-            yield answer
-
-    def Verify(self, requests, context):
-        return self._broken(super().Verify(requests, context), context)
-
-    def Generate(self, request, context):
-        return self._broken(super().Generate(request, context), context)
 
 
 def generate(target, mode, **options):

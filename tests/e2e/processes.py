@@ -74,7 +74,7 @@ class Service:
         self._start()
 
     def _start(self):
-        placed = [f"--listen=127.0.0.1:{self._place.getsockname()[1]}", "--threads=1"] if self._listen else []
+        placed = [f"--listen=127.0.0.1:{self.port}", "--threads=1"] if self._listen else []
         with self.log.open("ab") as output:
             self._begin = output.tell()
             self.process = subprocess.Popen(
@@ -87,6 +87,11 @@ class Service:
             )
         self._address = None
         self._channel = None
+
+    @property
+    def port(self):
+        """Where it listens, or is going to, unless its flags say otherwise."""
+        return self._place.getsockname()[1]
 
     @property
     def address(self):

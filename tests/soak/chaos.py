@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import random
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,8 +14,6 @@ from ..e2e.processes import Service
 from ..proxy import TcpProxy
 from .gauges import Life
 
-# Below the ports that outgoing connections take: one of those could hold a dead service's port.
-_PORTS = range(20_000, 32_000)
 _KILLS = ("kill target", "kill draft")
 _STOPPED = 3.0
 _STALLED = 1.0
@@ -29,11 +24,9 @@ class Victim:
 
     def __init__(self, role: str, logs: Path, *flags: str) -> None:
         self.role = role
-        port = _free_port()
-        listen = (f"--listen=127.0.0.1:{port}", "--threads=1")
-        self._service = Service(role, logs / f"{role}.log", *flags, *listen, listen=False)
+        self._service = Service(role, logs / f"{role}.log", *flags)
         self.lives = [Life(self._service.process.pid)]
-        self.proxy = TcpProxy("127.0.0.1", port)
+        self.proxy = TcpProxy("127.0.0.1", self._service.port)
 
     def __enter__(self) -> Victim:
         try:
@@ -157,12 +150,3 @@ async def _to_its_end(work: Awaitable[None]) -> None:
         await asyncio.wait([task])
         task.result()
         raise
-
-
-def _free_port() -> int:
-    # Any of them: the first free one could be that of another soak whose service is dead at this moment.
-    for port in random.sample(_PORTS, len(_PORTS)):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError(f"no free port from {_PORTS.start} to {_PORTS.stop}")
